@@ -1,0 +1,1 @@
+"""Measurements by named question. Each is a program: ``python -m benchmarks.NAME``."""

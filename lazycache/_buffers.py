@@ -1,0 +1,175 @@
+"""Memory for arrays that goes back to the operating system as soon as nobody uses it.
+
+Arrays from `LARGE` up get a private anonymous mapping of their own, in huge pages where the
+kernel has them, so that dropping the last view unmaps it. Smaller ones come from the C allocator,
+which keeps freed blocks between survivors: `trim` asks it to give them back once `TRIM_AFTER`
+bytes have been freed.
+
+A `Buffer` is written through `Buffer.writable` and handed out through `Buffer.readonly`, whose
+views can't be made writeable again (they are made over a read-only memoryview). What must be
+followed to know when the memory is free is `owner_of`: the last object behind a chain of views.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+Order = Literal["C", "F"]
+
+LARGE = 2 << 20
+TRIM_AFTER = 16 << 20
+_HUGE_PAGE = 2 << 20
+_PRIVATE = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+_HUGE_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
+
+
+class Buffer:
+    """``nbytes`` bytes of zeroed or uninitialised memory, alive as long as any array made of it."""
+
+    __slots__ = ("_memory", "nbytes", "owner")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.owner: Any
+        if nbytes >= LARGE and _PRIVATE:
+            self.owner, self._memory = _map(nbytes)
+        else:
+            self.owner = np.empty(nbytes, np.uint8)
+            self._memory = self.owner.data
+
+    def writable(
+        self, shape: tuple[int, ...], dtype: DTypeLike, order: Order = "C"
+    ) -> NDArray[Any]:
+        """An array over this memory that may be written to."""
+        return _as_array(self._memory, shape, np.dtype(dtype), order)
+
+    def readonly(
+        self, shape: tuple[int, ...], dtype: DTypeLike, order: Order = "C"
+    ) -> NDArray[Any]:
+        """An array over this memory that can't be written to, nor be made so."""
+        return _as_array(self._memory.toreadonly(), shape, np.dtype(dtype), order)
+
+
+def _map(nbytes: int) -> tuple[mmap.mmap, memoryview]:
+    # One huge page of address space too many, so that the start can be aligned; its pages are
+    # never touched and cost nothing. The tail stays in small pages: the resident size is exact.
+    mapping = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=_PRIVATE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    offset = -address % _HUGE_PAGE
+    huge = nbytes - nbytes % _HUGE_PAGE
+    if _HUGE_ADVICE is not None and huge:
+        # A kernel without transparent huge pages refuses the advice, and small pages do as well.
+        with contextlib.suppress(OSError):
+            mapping.madvise(_HUGE_ADVICE, offset, huge)
+    return mapping, memoryview(mapping)[offset : offset + nbytes]
+
+
+def _as_array(
+    memory: memoryview, shape: tuple[int, ...], dtype: np.dtype[Any], order: Order
+) -> NDArray[Any]:
+    flat = np.frombuffer(memory, np.uint8)
+    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return flat[:count].view(dtype).reshape(shape, order=order)
+
+
+def empty(shape: tuple[int, ...], dtype: DTypeLike, order: Order = "C") -> NDArray[Any]:
+    """Like `numpy.empty`, in memory that goes back to the system when the last view dies.
+
+    Object and other dtypes that hold references get NumPy's own memory.
+    """
+    dtype = np.dtype(dtype)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if nbytes < LARGE or dtype.hasobject:
+        return np.empty(shape, dtype, order)
+    return Buffer(nbytes).writable(shape, dtype, order)
+
+
+def owner_of(value: Any) -> Any:
+    """The object whose death frees the memory of ``value``: its last base, or itself."""
+    while True:
+        base: Any
+        if isinstance(value, np.ndarray):
+            base = value.base
+        elif isinstance(value, memoryview):
+            base = value.obj
+        else:
+            return value
+        if base is None:
+            return value
+        value = base
+
+
+def readonly(array: NDArray[Any]) -> NDArray[Any]:
+    """A view of ``array`` that can't be made writeable again where its type allows it.
+
+    Contiguous arrays of plain dtypes are re-made over a read-only memoryview. Others (strided
+    views, object dtypes, subclasses of ndarray) become a view whose writeable flag is off.
+    """
+    if not array.flags.writeable and not isinstance(owner_of(array), np.ndarray):
+        return array
+    contiguous = array.flags.c_contiguous or array.flags.f_contiguous
+    if type(array) is np.ndarray and contiguous and not array.dtype.hasobject and array.nbytes:
+        order: Order = "C" if array.flags.c_contiguous else "F"
+        flat = array.reshape(-1, order=order).view(np.uint8)
+        memory = flat.data.toreadonly()
+        return _as_array(memory, array.shape, array.dtype, order)
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def recall(value: Any) -> Callable[[], Any] | None:
+    """How to have ``value`` again as long as somebody keeps its memory alive; None if unknown.
+
+    NumPy makes the base of a slice the last array of the chain: a slice that somebody keeps
+    doesn't keep alive the array that was handed out, only the one underneath. So that one is
+    followed, and the array is made again over it.
+    """
+    if type(value) is np.ndarray and type(value.base) is np.ndarray:
+        root: NDArray[Any] = value.base
+        if root.flags.c_contiguous and not root.dtype.hasobject:
+            offset = _address(value) - _address(root)
+            shape, dtype, strides = value.shape, value.dtype, value.strides
+            root_ref = weakref.ref(root)
+            del root, value
+
+            def remade() -> NDArray[Any] | None:
+                root = root_ref()
+                return None if root is None else np.ndarray(shape, dtype, root, offset, strides)
+
+            return remade
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return None
+
+
+def _address(array: NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _find_trim() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # another C library than glibc
+        return None
+
+
+_malloc_trim = _find_trim()
+
+
+def trim() -> None:
+    """Give memory that the C allocator keeps for itself back to the system, where it can."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)

@@ -1,0 +1,102 @@
+"""What a loop tells a cache of its future, so that loads run ahead of it."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterable
+from typing import Any
+
+from ._ledger import Schedule
+from ._records import Scope, Stream, StreamRef
+from ._table import After, Table
+from .source import Key
+
+
+class Preloading:
+    """The loads that one loop wants ahead; `consumer` is the object whose death ends it.
+
+    Nothing here waits for memory. A file whose header can't be read isn't loaded ahead: the demand
+    for it tells what is wrong, at its own position.
+    """
+
+    def __init__(self, table: Table, scope: Scope, consumer: Any, npreload: int) -> None:
+        self._table = table
+        schedule: Schedule[Key] = Schedule(table.uses_clock)
+        self._stream = Stream(scope, schedule, npreload, contextvars.copy_context())
+        ref = table.watch(StreamRef, consumer)
+        ref.stream = self._stream
+
+        def work(after: After) -> None:
+            table.streams[self._stream] = ref
+            table.schedules.append(schedule)
+
+        table.section(work)
+
+    def expect(self, keys: Iterable[Key]) -> None:
+        """These keys will be used, in this order, after those that are expected already."""
+        stream, table = self._stream, self._table
+
+        def work(after: After) -> None:
+            for key in keys:
+                stream.schedule.append(key)
+                entry = table.entries.get(key)
+                if entry is not None and entry.pins == 0:
+                    table.file(entry, after)
+
+        table.section(work)
+
+    def want(self, keys: Iterable[Key]) -> None:
+        """Load these expected keys, and no others, as soon as there is room. Reads headers."""
+        stream, table = self._stream, self._table
+        peaks: list[tuple[Key, int]] = []
+        for key in keys:
+            try:
+                peaks.append((key, key.estimate()[1]))
+            except Exception:
+                continue
+        table.pool.look_at_machine()
+
+        def work(after: After) -> None:
+            stream.wanted.clear()
+            for key, peak in peaks:
+                stream.want(key, peak)
+
+        table.section(work)
+
+    def done(self, keys: Iterable[Key]) -> None:
+        """The loop has gone past one use of each of these keys."""
+        stream, table = self._stream, self._table
+
+        def work(after: After) -> None:
+            for key in keys:
+                table.advance(stream.schedule, key)
+                entry = table.entries.get(key)
+                if entry is not None and entry.pins == 0:
+                    table.file(entry, after)
+
+        table.section(work)
+
+    def asked(self, keys: Iterable[Key]) -> bool:
+        """Whether anybody asked for any of ``keys`` since they were loaded ahead, or not at all."""
+        stream, table = self._stream, self._table
+        found: list[bool] = []
+
+        def work(after: After) -> None:
+            waiting = {key for _, key in stream.wanted}
+            for key in keys:
+                entry, flight = table.entries.get(key), table.flights.get(key)
+                if entry is not None:
+                    found.append(entry.unasked is not stream)
+                elif flight is not None:
+                    found.append(not flight.prefetch or flight.stream is not stream)
+                else:
+                    # Wanted before, and gone since: used, or it couldn't be loaded.
+                    found.append(key in stream.peaks and key not in waiting)
+
+        table.section(work)
+        return not found or any(found)
+
+    def close(self) -> None:
+        """Stop, give back what was loaded and not used, and see idle threads end."""
+        self._table.section(lambda after: self._table.close_stream(self._stream, after))
+        self._table.pool.join_threads(timeout=1.0)

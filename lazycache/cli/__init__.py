@@ -1,0 +1,246 @@
+"""The command ``lazycache``: ``eval``, ``info`` and ``check``.
+
+Results go to stdout, everything else to stderr. The exit status is 0; 1 for what goes wrong with
+the data (a file, a shape, the memory), and for problems that ``check`` finds; 2 for what is wrong
+with the command (the formula, the budget, the outputs), said before anything is read; 130 after
+Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn, TextIO
+
+from lazycache.errors import FormulaError, SizeError
+
+from .terminal import UsageError, complain, one_line
+
+__all__ = ["main"]
+
+log = logging.getLogger("lazycache")
+
+_EVAL = """\
+FORMULA is an expression over the images: I1, I2 ... are the images in the order given, images is
+the list of them, names are the named inputs. Examples:
+
+  lazycache eval "(I1 * 2 + I2 * I3) / 1.2" a.nii b.nii c.nii -o out.nii.gz
+  lazycache eval "where(mask > 0, t1 / (t2 + 1), 0)" t1=t1.nii t2=t2.nii mask=m.nii -o ratio.nii
+  lazycache eval sub-*.nii.gz -o mean.nii.gz="mean(images)" -o sd.nii.gz="std(images, ddof=1)"
+  lazycache eval "np.mean(I1)" a.nii        a number is printed
+
+What follows -o is OUT=FORMULA where it is a file name, an = and more; a text that ends as an image
+does (.nii.gz, .npy ...) is a file name, whatever = it holds. A formula that begins with - goes
+after --, or in brackets. Floating results are written as float32 unless --dtype says otherwise."""
+
+_IMAGES = (
+    "an image; @list.txt stands for the files that list.txt names, one a line, relative to the "
+    "folder of list.txt (blank lines and lines that begin with # are skipped)"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        from importlib import metadata
+
+        try:
+            version = metadata.version("lazycache-volumes")
+        except metadata.PackageNotFoundError:
+            version = "(run from its source, not installed)"
+        print(f"lazycache {version}")
+        parser.exit()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments (those of the process by default): its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except SystemExit as end:  # --help, --version
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        print("lazycache: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has left. Python would complain when it flushes at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UsageError, FormulaError, SizeError) as error:
+        complain(error)
+        return 2
+    except Exception as error:
+        complain(error)
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _Parser(prog="lazycache", description="Work on more images than fit in memory.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
+    parser.add_argument("command", choices=sorted(_COMMANDS), help="eval, info or check")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="see COMMAND --help")
+    if not arguments:
+        raise UsageError("no command is given: eval, info or check (see lazycache --help)")
+    chosen = parser.parse_args(arguments)
+    add_arguments, run = _COMMANDS[chosen.command]
+    inner = _Parser(
+        prog=f"lazycache {chosen.command}",
+        description=run.__doc__,
+        epilog=_EVAL if chosen.command == "eval" else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(inner)
+    # Intermixed: images may stand before, between and after the options.
+    options = inner.parse_intermixed_args(chosen.rest)
+    with _logging(getattr(options, "verbose", 0)), _one_line_warnings(), _threads(options):
+        try:
+            status = run(options)
+        except Exception:
+            log.debug("this is where it went wrong:", exc_info=True)
+            raise
+    sys.stdout.flush()
+    return status
+
+
+@contextmanager
+def _logging(verbose: int) -> Iterator[None]:
+    """Send what `lazycache` logs to stderr: with -v each file, with -vv everything.
+
+    Its warnings are logged too, so without -v only errors are taken from the log.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("lazycache: %(message)s"))
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel((logging.ERROR, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = _show_warning
+        yield
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"lazycache: warning: {one_line(str(message))}", file=sys.stderr)
+
+
+@contextmanager
+def _threads(options: argparse.Namespace) -> Iterator[None]:
+    """Hand ``--threads`` on as the environment variable that decides, and take it back."""
+    name, wanted = "LAZYCACHE_THREADS", getattr(options, "threads", None)
+    if wanted is None:
+        yield
+        return
+    before = os.environ.get(name)
+    os.environ[name] = str(wanted)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--budget",
+        help='memory for data: "4GiB", "512MiB", "50%%" (default: LAZYCACHE_BUDGET, or half of '
+        "what this process may use)",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no closing line")
+    parser.add_argument(
+        "-v", "--verbose", action="count", default=0, help="tell each file; -vv: more"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("given", nargs="*", metavar="FORMULA IMAGE|NAME=IMAGE", help=_IMAGES)
+    parser.add_argument(
+        "-o",
+        "--output",
+        action="append",
+        default=[],
+        metavar="OUT or OUT=FORMULA",
+        help="a file to write; as OUT=FORMULA, several can be given. Without -o, and where OUT is "
+        "left out (=FORMULA), the result must be a number and is printed",
+    )
+    parser.add_argument("--dtype", help="the type of the values in the files that are written")
+    parser.add_argument(
+        "--grid",
+        choices=("error", "warn", "ignore"),
+        default="error",
+        help="what to do about images that don't lie on one grid (default: error)",
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads that read ahead")
+    parser.add_argument("--zero", action="store_true", help="count images from 0: I0, image[0]")
+    _add_common(parser)
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=_IMAGES)
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=_IMAGES)
+    _add_common(parser)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    """Compute formulas over images and write the results."""
+    from .evaluating import run
+
+    return run(options)
+
+
+def _info(options: argparse.Namespace) -> int:
+    """Print what the headers of images tell: format, shape, type, memory, orientation."""
+    from .inspecting import info
+
+    return info(options)
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Read images one by one and say what would go wrong later: shapes, grids, damage, NaN."""
+    from .inspecting import check
+
+    return check(options)
+
+
+_Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+_COMMANDS: dict[str, _Command] = {
+    "eval": (_add_eval, _eval),
+    "info": (_add_info, _info),
+    "check": (_add_check, _check),
+}

@@ -1,0 +1,206 @@
+"""``lazycache eval``: formulas over images, written as images or printed as numbers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+
+from lazycache import config, execute
+from lazycache.cache import DataCache
+from lazycache.errors import WriteError
+from lazycache.expression import Node
+from lazycache.formula import Formula
+from lazycache.proxy import LazyReadData
+from lazycache.results import compute
+from lazycache.sizes import format_size
+from lazycache.stats import Event
+from lazycache.writing import check_output
+
+from .inputs import Inputs, Output, read_eval
+from .terminal import UsageError, plural, progress, tell
+from .voxels import count_not_finite
+
+
+def run(options: argparse.Namespace) -> int:
+    started = time.monotonic()
+    inputs, outputs = read_eval(options.given, options.output)
+    formulas = [
+        Formula(output.formula, len(inputs.images), inputs.names.keys(), zero=options.zero)
+        for output in outputs
+    ]
+    dtype = _dtype(options.dtype)
+    _check_files(inputs, outputs, dtype)
+    budget = config.budget() if options.budget is None else options.budget
+    known = {os.path.abspath(path) for path in inputs.paths()}
+    read: set[str] = set()
+    bar = progress(len(known), shown=not (options.quiet or options.verbose))
+    with closing(DataCache(budget)) as cache:
+        with bar as step:
+
+            def watch(event: Event) -> None:
+                if event.kind == "load":
+                    read.add(_path_of(event.name, known))
+                    step()
+
+            cache.subscribe(tell)
+            cache.subscribe(watch)
+            results = _Evaluated(inputs, outputs, formulas, cache, options.grid)
+            nans = results.write(dtype)
+        if not options.quiet:
+            seconds = time.monotonic() - started
+            print(_closing_line(read, cache, seconds, nans), file=sys.stderr)
+    results.print()
+    return 0
+
+
+# --- what is wrong before anything is read -------------------------------------------------------
+
+
+def _dtype(text: str | None) -> np.dtype[Any] | None:
+    if text is None:
+        return None
+    try:
+        dtype = np.dtype(text)
+    except TypeError:
+        dtype = np.dtype(object)
+    if dtype.kind not in "biufc":
+        raise UsageError(f"--dtype {text!r} is no type of numbers: write for example float32")
+    return dtype
+
+
+def _check_files(inputs: Inputs, outputs: Sequence[Output], dtype: np.dtype[Any] | None) -> None:
+    seen: set[str] = set()
+    for output in outputs:
+        if output.path is None:
+            continue
+        try:
+            check_output(output.path, inputs.paths())
+        except WriteError as error:
+            raise UsageError(str(error)) from None
+        if dtype is not None:
+            _check_dtype(output.path, dtype)
+        path = os.path.realpath(output.path)
+        if path in seen:
+            raise UsageError(f"{output.path} is the file of two outputs: use another name for one")
+        seen.add(path)
+
+
+def _check_dtype(path: str, dtype: np.dtype[Any]) -> None:
+    """A type that the file can't hold is told now, not when everything has been computed."""
+    name = path.lower()
+    if name.endswith(".npy") or dtype == np.bool_:
+        return
+    from nibabel.freesurfer.mghformat import MGHHeader
+    from nibabel.nifti1 import Nifti1Header
+
+    from lazycache.nibabel_image import holds
+
+    if not holds(MGHHeader if name.endswith((".mgh", ".mgz")) else Nifti1Header, dtype):
+        raise UsageError(f"{path}: this kind of file can't hold {dtype}; use another --dtype")
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+class _Evaluated:
+    """The values of the formulas: proxies, of which nothing is computed yet, or numbers.
+
+    Raises what headers tell: missing files, shapes and grids that don't go together; UsageError
+    where a number would have to be written, or an image printed.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        outputs: Sequence[Output],
+        formulas: Sequence[Formula],
+        cache: DataCache,
+        grid: Any,
+    ) -> None:
+        self.outputs = outputs
+        self.cache = cache
+        images = [LazyReadData(path, cache=cache, grid=grid) for path in inputs.images]
+        named = {
+            name: LazyReadData(path, cache=cache, grid=grid) for name, path in inputs.names.items()
+        }
+        self.values = [formula(images, **named) for formula in formulas]
+        self.nodes: list[Node] = [
+            value._node for value in self.values if isinstance(value, LazyReadData)
+        ]
+        outline = execute.prepare(self.nodes, cache)
+        for output, value in zip(outputs, self.values, strict=True):
+            if isinstance(value, LazyReadData):
+                layout = outline.info[value._node].layout
+                if layout is not None:
+                    _check_shape(output, layout.shape)
+            else:
+                _check_shape(output, np.shape(value))
+
+    def write(self, dtype: np.dtype[Any] | None) -> dict[str, int]:
+        """Compute everything in one plan and write the images: their numbers of NaN voxels."""
+        # Held until all are written, so that none is computed again.
+        held = compute(*self.values)
+        nans: dict[str, int] = {}
+        for number, (output, data) in enumerate(zip(self.outputs, held, strict=True)):
+            if not isinstance(data, np.ndarray | np.generic | int | float | complex):
+                raise WriteError(
+                    f"{output.path or 'stdout'}: the result of {_short(output.formula)} is no "
+                    f"array and no number, but a {type(data).__name__}"
+                )
+            _check_shape(output, np.shape(data))
+            if output.path is None:
+                self.values[number] = data
+                continue
+            nans[output.path] = count_not_finite(data).nans
+            floating = np.result_type(data).kind == "f"
+            wanted = np.dtype(np.float32) if dtype is None and floating else dtype
+            self.values[number].save(output.path, dtype=wanted)
+        return nans
+
+    def print(self) -> None:
+        """Print the numbers, one a line, in the order of their outputs."""
+        for output, value in zip(self.outputs, self.values, strict=True):
+            if output.path is None:
+                print(np.asarray(value).item())
+
+
+def _check_shape(output: Output, shape: tuple[int, ...]) -> None:
+    if output.path is None and shape:
+        raise UsageError(
+            f"the result of {_short(output.formula)} is an image of shape {shape}, not a number: "
+            "say with -o where to write it"
+        )
+    if output.path is not None and not shape:
+        raise UsageError(
+            f"{output.path}: the result of {_short(output.formula)} is a number, not an image: "
+            "leave out -o to print it"
+        )
+
+
+def _short(formula: str) -> str:
+    return formula if len(formula) <= 60 else f"{formula[:57]}..."
+
+
+def _path_of(name: str, known: set[str]) -> str:
+    """The file that a load is named after: a part of one has its index in brackets behind."""
+    return name if name in known else name.rpartition("[")[0]
+
+
+def _closing_line(read: set[str], cache: DataCache, seconds: float, nans: dict[str, int]) -> str:
+    stats = cache.stats()
+    reads = f"{plural(len(read), 'file')} read"
+    if stats.loads != len(read):
+        reads = f"{plural(stats.loads, 'read')} of {plural(len(read), 'file')}"
+    with_nan = [f"{count} in {path}" for path, count in nans.items() if count]
+    return (
+        f"lazycache: {reads} ({format_size(stats.loaded_bytes)}), "
+        f"peak {format_size(stats.peak_bytes)} of {format_size(cache.budget)}, {seconds:.1f} s, "
+        f"NaN voxels: {', '.join(with_nan) or 'none'}"
+    )

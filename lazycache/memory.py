@@ -1,0 +1,372 @@
+"""What the machine really lets this process have: memory and CPUs, and budgets as shares of it.
+
+Several things limit a process, and each is a `Bound`: physical memory, every control group
+(version 1 or 2) from the process's own up to the top, what Slurm granted the job, the address
+space (``ulimit -v``). The kernel or Slurm kills who passes one of the first three, and says
+nothing before. psutil knows of physical memory only.
+
+Where the numbers come from is a `Machine`; tests lay out their own in a folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from .errors import SizeError
+from .sizes import parse_size
+
+
+def _physical_memory() -> tuple[int, int]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
+
+
+def _address_space_limit() -> int | None:
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _affinity() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _workers() -> int:
+    """How many processes as this one its parent runs: 1 for a process that is no worker."""
+    torch_info = getattr(sys.modules.get("torch.utils.data"), "get_worker_info", None)
+    if torch_info is not None and (info := torch_info()) is not None:
+        return max(1, int(info.num_workers))
+    import multiprocessing
+
+    if multiprocessing.parent_process() is None:
+        return 1
+    # joblib's loky, Pool and ProcessPoolExecutor tell a worker nothing of the others. Those that
+    # its parent runs with the same Python are a fair measure.
+    import psutil
+
+    me = psutil.Process()
+    parent = me.parent()
+    siblings = parent.children() if parent is not None else []
+    return max(1, sum(_is_worker(process, me.exe()) for process in siblings))
+
+
+def _is_worker(process: Any, executable: str) -> bool:
+    import psutil
+
+    try:
+        # multiprocessing and loky each keep a helper process beside the workers.
+        return process.exe() == executable and "resource_tracker" not in str(process.cmdline())
+    except psutil.Error:  # ended meanwhile, a zombie, or somebody else's
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where the limits of this process are read from.
+
+    ``root`` stands before ``/proc`` and ``/sys``. ``physical_memory`` gives the total and the
+    available bytes; ``address_space_limit`` bytes, or None for no limit; ``affinity`` the CPUs
+    this process may run on; ``workers`` how many processes as this one share the limits.
+    """
+
+    root: str = "/"
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    physical_memory: Callable[[], tuple[int, int]] = _physical_memory
+    address_space_limit: Callable[[], int | None] = _address_space_limit
+    affinity: Callable[[], int] = _affinity
+    workers: Callable[[], int] = _workers
+
+
+THIS_MACHINE = Machine()
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """One limit and how much of it is in use, in bytes.
+
+    Where the kernel says so, by all processes that share the limit; of Slurm's, and of the
+    address space, by this process.
+    """
+
+    name: str
+    limit: int
+    used: int
+
+    def room(self, cached: int = 0) -> int:
+        """The limit less what is used by others than a cache that holds ``cached`` bytes."""
+        return max(0, self.limit - max(0, self.used - cached))
+
+
+def bounds(machine: Machine = THIS_MACHINE) -> list[Bound]:
+    """All that limits the memory of this process now. Physical memory always does."""
+    total, available = machine.physical_memory()
+    found = [Bound("physical memory", total, total - available)]
+    for group in _limited_groups(machine.root):
+        limit = group.limit()
+        if limit is not None:
+            found.append(Bound(f"control group {group.folder}", limit, group.used()))
+    slurm = _slurm_limit(machine.environ)
+    address_space = machine.address_space_limit()
+    if slurm is not None or address_space is not None:
+        mapped, resident = _own_memory(machine.root)
+        if slurm is not None:
+            found.append(Bound("Slurm's memory for the job", slurm, resident))
+        if address_space is not None:
+            found.append(Bound("address space (ulimit -v)", address_space, mapped))
+    return found
+
+
+def machine_limit(cached: int = 0, machine: Machine = THIS_MACHINE) -> int:
+    """The bytes that a cache may grow to, the ``cached`` bytes that it holds now included.
+
+    The smallest, over all limits, of the limit less what is used outside the cache.
+    """
+    return min(bound.room(cached) for bound in bounds(machine))
+
+
+def available_now(machine: Machine = THIS_MACHINE) -> int:
+    """The bytes that can still be taken now before some limit is met. Some 30 µs."""
+    return machine_limit(0, machine)
+
+
+def resolve_budget(
+    value: int | float | str, *, cached: int = 0, machine: Machine = THIS_MACHINE
+) -> int:
+    """The budget in bytes that ``value`` says.
+
+    An int or a size as text ("4GiB") is itself. "50%", a float in (0, 1] and "auto" (50 %) are
+    shares of `machine_limit`, divided among the worker processes (joblib, torch,
+    multiprocessing, the tasks of a Slurm step) that share it. ``cached`` is what the cache holds
+    already. Anything else is a `SizeError` that quotes the value and says what to write.
+    """
+    share = _as_share(value)
+    if share is None:
+        try:
+            return parse_size(value)  # type: ignore[arg-type]  # it refuses what is no size
+        except SizeError as refused:
+            raise SizeError(
+                f'{refused}; a budget can also be a share of the memory: "50%", 0.5 or "auto"'
+            ) from None
+    if not 0 < share <= 1:
+        raise SizeError(
+            f"{value!r} is not a budget: a share of the memory is over 0 and at most 1 (100%); "
+            'write "50%", 0.5 or "auto", or bytes such as "4GiB"'
+        )
+    sharers = max(1, machine.workers()) * _slurm_tasks(machine.environ)
+    return int(share * machine_limit(cached, machine)) // sharers
+
+
+def _as_share(value: object) -> float | None:
+    if isinstance(value, float | np.floating):
+        return float(value)
+    if isinstance(value, str):
+        if value.strip().lower() == "auto":
+            return 0.5
+        if match := re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?%", value.strip()):
+            return float(match[1]) / 100
+    return None
+
+
+def usable_cpus(machine: Machine = THIS_MACHINE) -> int:
+    """How many threads can run at once: at least 1.
+
+    ``LAZYCACHE_THREADS`` decides if it is set (a `SizeError` names it if it is no whole number
+    from 1 up). Else the smallest of the affinity, the control groups' CPU quotas, rounded down,
+    and ``SLURM_CPUS_PER_TASK``.
+    """
+    wanted = machine.environ.get("LAZYCACHE_THREADS")
+    if wanted is not None:
+        if re.fullmatch("0*[1-9][0-9]{0,5}", wanted.strip()) is None:
+            raise SizeError(
+                f"LAZYCACHE_THREADS={wanted!r} is not a number of threads: set it to a whole "
+                "number from 1 up, or unset it to use all CPUs that this process may use"
+            )
+        return int(wanted)
+    counts = [machine.affinity(), *_cpu_quotas(machine.root)]
+    if slurm := _whole(machine.environ.get("SLURM_CPUS_PER_TASK")):
+        counts.append(slurm)
+    return max(1, min(counts))
+
+
+# --- what this process uses ----------------------------------------------------------------------
+
+
+def _own_memory(root: str) -> tuple[int, int]:
+    """Bytes of address space and of resident memory."""
+    pages = _read(root, "proc/self/statm").split()
+    if len(pages) >= 2:
+        size = os.sysconf("SC_PAGE_SIZE")
+        return int(pages[0]) * size, int(pages[1]) * size
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    return memory.vms, memory.rss
+
+
+def _read(root: str, *path: str) -> str:
+    """The text of a file of the kernel's, "" if it isn't there."""
+    try:
+        with open(os.path.join(root, *path), "rb", buffering=0) as file:
+            return os.fsdecode(file.read())
+    except OSError:
+        return ""
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text is not None and re.fullmatch("[0-9]{1,20}", text) else None
+
+
+# --- Slurm ---------------------------------------------------------------------------------------
+
+
+_SLURM_SHIFT = {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}
+
+
+def _slurm_limit(environ: Mapping[str, str]) -> int | None:
+    per_node = _slurm_memory(environ.get("SLURM_MEM_PER_NODE"))
+    if per_node:
+        return per_node
+    per_cpu = _slurm_memory(environ.get("SLURM_MEM_PER_CPU"))
+    cpus = _whole(environ.get("SLURM_CPUS_ON_NODE")) or _whole(environ.get("SLURM_CPUS_PER_TASK"))
+    return per_cpu * cpus if per_cpu and cpus else None
+
+
+def _slurm_memory(text: str | None) -> int | None:
+    """Bytes of Slurm's MiB, or with a letter as in ``--mem=4G``; 0 is all that the node has."""
+    match = re.fullmatch("([0-9]{1,15})([KMGT]?)", text or "")
+    return int(match[1]) << _SLURM_SHIFT[match[2]] if match else None
+
+
+def _slurm_tasks(environ: Mapping[str, str]) -> int:
+    """The tasks of this step on a node; of "4(x2),1" (two nodes with 4, one with 1) the most."""
+    text = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return max([1, *(int(count) for count in re.findall(r"(?:^|,)([0-9]{1,6})", text))])
+
+
+# --- control groups ------------------------------------------------------------------------------
+
+# Version 1 writes "no limit" as the largest number of pages.
+_NO_LIMIT = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The memory of one control group."""
+
+    folder: str
+    version: int
+
+    def limit(self) -> int | None:
+        if self.version == 1:
+            names = ["memory.limit_in_bytes"]
+        else:
+            # Over memory.high a process isn't killed, but slowed down to a crawl.
+            names = ["memory.max", "memory.high"]
+        limits = [_whole(_read(self.folder, name).strip()) for name in names]
+        return min((n for n in limits if n is not None and n < _NO_LIMIT), default=None)
+
+    def used(self) -> int:
+        """Bytes that can't be taken back: less the page cache of files not read lately."""
+        if self.version == 1:
+            usage, reclaimable = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            usage, reclaimable = "memory.current", "inactive_file"
+        used = _whole(_read(self.folder, usage).strip()) or 0
+        for line in _read(self.folder, "memory.stat").splitlines():
+            name, _, number = line.partition(" ")
+            if name == reclaimable:
+                return max(0, used - (_whole(number) or 0))
+        return used
+
+
+@lru_cache(maxsize=16)
+def _limited_groups(root: str) -> tuple[_Group, ...]:
+    """This process's group and the groups around it, those with a limit.
+
+    Found once, since `available_now` is asked often; the limits themselves are read anew.
+    """
+    groups = (_Group(folder, version) for folder, version in _folders(root, "memory"))
+    return tuple(group for group in groups if group.limit() is not None)
+
+
+def _cpu_quotas(root: str) -> Iterator[int]:
+    for folder, version in _folders(root, "cpu"):
+        if version == 1:
+            texts = [_read(folder, name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+        else:
+            texts = _read(folder, "cpu.max").split()
+        numbers = [_whole(text.strip()) for text in texts]
+        match numbers:
+            case [int(quota), int(period)] if quota and period:
+                yield quota // period
+
+
+def _folders(root: str, controller: str) -> Iterator[tuple[str, int]]:
+    """The folders of this process's groups, innermost first, with the version of each."""
+    for line in _read(root, "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        version = 1 if controllers else 2
+        top, names = _locate(root, controller, version, path)
+        for depth in range(len(names), -1, -1):
+            yield os.path.join(top, *names[:depth]), version
+
+
+def _locate(root: str, controller: str, version: int, path: str) -> tuple[str, list[str]]:
+    """The folder where a hierarchy is mounted, and the way from it to the group ``path``.
+
+    A container may see its own group as the top of the mount, or a path that leads nowhere in
+    it: the mount itself is then the innermost group to be seen.
+    """
+    mounts = list(_mounts(root, controller, version))
+    if not mounts:
+        mounts = [("/sys/fs/cgroup" if version == 2 else f"/sys/fs/cgroup/{controller}", "/")]
+    tops = [os.path.join(root, mount.lstrip("/")) for mount, _ in mounts]
+    names = _names(path)
+    for top, (_, mounted) in zip(tops, mounts, strict=True):
+        above = _names(mounted)
+        inside = names[len(above) :]
+        visible = names[: len(above)] == above and ".." not in names
+        if visible and os.path.isdir(os.path.join(top, *inside)):
+            return top, inside
+    return tops[0], []
+
+
+def _names(path: str) -> list[str]:
+    return [name for name in path.split("/") if name]
+
+
+def _mounts(root: str, controller: str, version: int) -> Iterator[tuple[str, str]]:
+    """Where a hierarchy is mounted, and which group of it is the top there."""
+    for line in _read(root, "proc/self/mountinfo").splitlines():
+        place, _, kind = line.partition(" - ")
+        fields, kinds = place.split(), kind.split()
+        if len(fields) < 5 or len(kinds) < 3:
+            continue
+        if version == 2:
+            wanted = kinds[0] == "cgroup2"
+        else:
+            wanted = kinds[0] == "cgroup" and controller in kinds[2].split(",")
+        if wanted:
+            yield _unescape(fields[4]), _unescape(fields[3])
+
+
+def _unescape(path: str) -> str:
+    """The kernel writes a space in a path as ``\\040``."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)

@@ -1,0 +1,328 @@
+"""What is known of an expression before the first voxel is read.
+
+An `Outline` lists the nodes that have to be read and computed, in an order in which operands come
+first, with the layout, affine and header of each. Making one reads the headers of all files, in
+parallel, and finds what can't go well: all missing files in one error, all operands whose shapes
+or grids don't go together in another. Functions over lists are expanded into chains here, and a
+part of a file is replaced by a cut from the whole where that needs no reading.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from . import operations as ops
+from .errors import FileChangedError, FileChangedWarning, ReadError, ShapeMismatchError
+from .expression import (
+    FileNode,
+    Info,
+    Node,
+    OpNode,
+    Slot,
+    ValueNode,
+    describe,
+    user_frame,
+    walk,
+)
+from .grid import aligned_shapes, check_grids, listed, same_grid, says_place
+from .layout import Layout, dense, hashable, infer, layout_of
+from .source import FileKey, Key, sliced_affine
+
+_PROBING_THREADS = 8
+
+Holds = Callable[[Key], bool]
+
+
+class Outline:
+    """See the module.
+
+    ``nodes`` are in the order of execution; ``values`` holds what was computed before and is still
+    there. ``info`` knows every node, those that are only stood in for (``stand_in``) too.
+    ``aligned`` says how many axes are put behind each operand of a node to bring its x, y, z below
+    those of the others.
+    """
+
+    def __init__(self, roots: Sequence[Node], holds: Holds = lambda key: False) -> None:
+        self.nodes: list[Node] = []
+        self.values: dict[Node, Any] = {}
+        self.info: dict[Node, Info] = {}
+        self.aligned: dict[Node, tuple[int, ...]] = {}
+        self._stand_ins: dict[Node, Node] = {}
+        self._twins: dict[Any, OpNode] = {}
+        self._holds = holds
+        self._misshapen: list[str] = []
+        self._misplaced: dict[str, list[tuple[str, Any, tuple[int, ...]]]] = {}
+        self._walk(roots)
+        self._report()
+
+    def stand_in(self, node: Node) -> Node:
+        """The node that is computed in place of ``node``: itself, or what it was expanded to."""
+        while node in self._stand_ins:
+            node = self._stand_ins[node]
+        return node
+
+    def operands(self, node: Node) -> tuple[Node, ...]:
+        return tuple(self.stand_in(operand) for operand in node.operands)
+
+    def _walk(self, roots: Sequence[Node]) -> None:
+        stack: list[tuple[Node, bool]] = [(root, False) for root in reversed(roots)]
+        while stack:
+            node, ready = stack.pop()
+            if node in self.info:
+                continue
+            if not ready:
+                other = self._replacement(node)
+                if other is not None:
+                    self._stand_ins[node] = other
+                    stack.extend([(node, True), (other, False)])
+                elif not self._known(node):
+                    stack.append((node, True))
+                    stack.extend((operand, False) for operand in reversed(node.operands))
+            elif node in self._stand_ins:
+                self.info[node] = self.info[self._stand_ins[node]]
+            else:
+                assert isinstance(node, OpNode)
+                if node.op.family == "fold":
+                    other = self._expand(node)
+                    self._stand_ins[node] = other
+                    stack.extend([(node, True), (other, False)])
+                elif (twin := self._twin(node)) is not None:
+                    self._stand_ins[node] = twin
+                    self.info[node] = self.info[twin]
+                else:
+                    self.info[node] = self._infer(node)
+                    self.nodes.append(node)
+
+    def _twin(self, node: OpNode) -> Node | None:
+        """A node found before that does the same to the same operands: it is computed for both."""
+        constants = hashable((node.args, node.kwargs or {}, node.grid))
+        try:
+            twin = self._twins.setdefault((node.op, self.operands(node), constants), node)
+        except TypeError:  # a constant that can't be hashed
+            return None
+        return None if twin is node else twin
+
+    def _known(self, node: Node) -> bool:
+        """Take a node that nothing has to be computed for; False if there is one to compute."""
+        if isinstance(node, ValueNode):
+            self.info[node] = Info(layout_of(node.value), node.affine, node.header, node.name)
+        elif isinstance(node, FileNode):
+            self.info[node] = file_info(node.key)
+        else:
+            assert isinstance(node, OpNode)
+            result = node.result
+            value = None if result is None else result.value
+            if value is None:
+                return False
+            assert node.info is not None
+            self.values[node] = value
+            self.info[node] = node.info._replace(layout=layout_of(value))
+        self.nodes.append(node)
+        return True
+
+    def _replacement(self, node: Node) -> Node | None:
+        """The cut from the whole file, for a part that no reader reads or that is there already."""
+        if not isinstance(node, FileNode) or node.whole is None:
+            return None
+        if self._holds(node.key):
+            return None
+        if hasattr(node.key.reader, "read_part") and not self._holds(node.whole.key):
+            return None
+        return OpNode(ops.GETITEM, (node.whole,), (Slot(0), node.index))
+
+    def _expand(self, node: OpNode) -> Node:
+        infos = [self.info[operand] for operand in node.operands]
+        try:
+            other = node.op.call(node, infos)
+        except Exception as error:
+            explain(error, node)
+            raise
+        self._compare_grids(node, infos)
+        assert isinstance(other, Node)
+        return other
+
+    def _infer(self, node: OpNode) -> Info:
+        infos = [self.info[operand] for operand in node.operands]
+        layouts = [info.layout for info in infos]
+        layout: Layout | None = None
+        if all(layout is not None for layout in layouts):
+            if node.op.family in ("map", "inplace") and len(layouts) > 1:
+                layouts = self._align(node, infos, layouts)
+                self._compare_grids(node, infos)
+            try:
+                layout = infer(node.op, node.args, dict(node.kwargs or {}), layouts)
+            except ShapeMismatchError as error:
+                self._misshapen.append(_misfit(node, infos, error))
+                layout = layouts[0]
+            except Exception as error:
+                explain(error, node)
+                raise
+        affine, header, name = _space(node, infos)
+        return Info(layout, affine, header, name)
+
+    def _align(self, node: Node, infos: list[Info], layouts: list[Layout]) -> list[Layout]:
+        placed = [
+            (layout.shape, says_place(info.affine))
+            for info, layout in zip(infos, layouts, strict=True)
+        ]
+        shapes = aligned_shapes(placed)
+        more = tuple(
+            len(shape) - len(layout.shape) for shape, layout in zip(shapes, layouts, strict=True)
+        )
+        if not any(more):
+            return layouts
+        self.aligned[node] = more
+        return [
+            layout._replace(shape=shape, strides=layout.strides + (0,) * extra)
+            for layout, shape, extra in zip(layouts, shapes, more, strict=True)
+        ]
+
+    def _compare_grids(self, node: OpNode, infos: list[Info]) -> None:
+        if node.grid == "ignore":
+            return
+        items = [
+            (info.name, info.affine, info.layout.shape)
+            for info in infos
+            if info.affine is not None and info.layout is not None
+        ]
+        for item in items[1:]:
+            # Parts of one image may well be shifted against each other: a gradient is made so.
+            if item[0] != items[0][0] and not same_grid(item[1], items[0][1], item[2]):
+                found = self._misplaced.setdefault(node.grid, [items[0]])
+                found.append(item)
+
+    def _report(self) -> None:
+        if self._misshapen:
+            raise ShapeMismatchError(f"shapes don't go together: {listed(self._misshapen)}")
+        for mode, items in self._misplaced.items():
+            check_grids(items, mode)  # type: ignore[arg-type]
+
+
+def file_info(key: FileKey) -> Info:
+    """What the header of a file tells; raises what probing raises."""
+    probe = key.probe()
+    layout = None
+    if probe.shape is not None and probe.dtype is not None:
+        layout = dense(probe.shape, probe.dtype, probe.order)
+    return Info(layout, probe.affine, probe.header, key.path)
+
+
+def probe_all(files: Iterable[FileNode]) -> None:
+    """Read the headers of all files, several at a time.
+
+    Raises the error of a single bad file as it is, or one error that lists the first 20. Warns of
+    files that changed since their proxy was pickled.
+    """
+    nodes = list(files)
+    keys = list(dict.fromkeys(node.key for node in nodes))
+    errors: dict[FileKey, Exception] = {}
+
+    def look(key: FileKey) -> None:
+        try:
+            key.probe()
+        except Exception as error:
+            errors[key] = error
+
+    if len(keys) < _PROBING_THREADS:
+        for key in keys:
+            look(key)
+    else:
+        context = contextvars.copy_context()
+        with ThreadPoolExecutor(_PROBING_THREADS, "lazycache-probe") as pool:
+            for _ in pool.map(lambda key: context.copy().run(look, key), keys):
+                pass
+    if len(errors) == 1:
+        raise next(iter(errors.values()))
+    if errors:
+        found = [errors[key] for key in keys if key in errors]
+        kind = ReadError
+        if all(isinstance(error, FileNotFoundError) for error in found):
+            kind = FileNotFoundError  # type: ignore[assignment]
+            lines = [key.path for key in keys if key in errors]
+            text = f"{len(found)} of {len(keys)} files don't exist: {listed(lines)}"
+        else:
+            lines = [str(error) for error in found]
+            text = f"{len(found)} of {len(keys)} files can't be read: {listed(lines)}"
+        raise kind(text) from found[0]
+    for node in nodes:
+        expected, node.expected = node.expected, None
+        if expected is not None and expected != node.key.fingerprint:
+            warnings.warn(
+                f"{node.key.name} changed since the expression was pickled: the new data are used",
+                FileChangedWarning,
+                stacklevel=user_frame()[1],
+            )
+
+
+def check_unchanged(nodes: Iterable[Node]) -> None:
+    """Raise `FileChangedError` where something that was computed would be so from other content."""
+    for node in nodes:
+        if not isinstance(node, OpNode) or node.seen is None:
+            continue
+        for key, fingerprint in node.seen.items():
+            if key.fingerprint != fingerprint:
+                raise FileChangedError(
+                    f"{key.name} changed since {describe(node)} was computed, and its value is no "
+                    f"longer in memory: write the expression again to compute it from the new file"
+                )
+
+
+def fingerprints(root: OpNode) -> dict[FileKey, Any]:
+    """The state of each file that the value of ``root`` was computed from."""
+    found: dict[FileKey, Any] = {}
+    for node in walk([root], stop=lambda node: isinstance(node, OpNode) and node.seen is not None):
+        if isinstance(node, FileNode):
+            found[node.key] = node.key.fingerprint
+        elif isinstance(node, OpNode) and node.seen is not None:
+            found.update(node.seen)
+    return found
+
+
+def explain(error: Exception, node: OpNode) -> None:
+    """Note on ``error`` which operation failed, on what, and where it was written."""
+    names = list(dict.fromkeys(describe(operand) for operand in node.operands))
+    where = f", written at {node.where()}" if node.location else ""
+    note = f"in {node.op.name} of {listed(names)}{where}"
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
+def _misfit(node: OpNode, infos: Sequence[Info], error: Exception) -> str:
+    parts = [
+        f"{describe(operand)} {info.layout.shape}"
+        for operand, info in zip(node.operands, infos, strict=True)
+    ]
+    where = f" ({node.op.name} at {node.where()})" if node.location else f" ({node.op.name})"
+    return " and ".join(parts) + where
+
+
+def _space(node: OpNode, infos: Sequence[Info]) -> tuple[Any, Any, str]:
+    """The affine and header of a result, and the file that they are from."""
+    nothing = (None, None, "")
+    family = node.op.family
+    if family in ("map", "inplace", "assign"):
+        headed = (info for info in infos if info.affine is not None or info.header is not None)
+        first = next(headed, None)
+        return nothing if first is None else (first.affine, first.header, first.name)
+    first = next((info for info in infos if info.affine is not None), None)
+    if first is None or first.layout is None:
+        return nothing
+    ndim = len(first.layout.shape)
+    if family == "view" and node.op is ops.GETITEM:
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if any(item is None for item in index):
+            return nothing
+        return sliced_affine(first.affine, index, first.layout.shape), first.header, first.name
+    if family in ("reduce", "join"):
+        axis = (node.kwargs or {}).get("axis", None if family == "reduce" else 0)
+        if axis is None or not ndim:
+            return nothing
+        size = ndim + (node.op is ops.STACK)
+        axes = axis if isinstance(axis, tuple) else (axis,)
+        if all(int(item) % size >= 3 for item in axes):
+            return first.affine, first.header, first.name
+    return nothing

@@ -1,0 +1,108 @@
+"""What a reader promises, and what readers share.
+
+A reader is an object with
+
+``name``
+    a short word; what ``reader="..."`` and messages use.
+``can_read(path) -> bool``
+    whether it takes this file, decided from its name and, at most, its first bytes. Never raises.
+``probe(path, **options) -> Probe``
+    shape, dtype, sizes, affine and header from the header alone: no voxel is read. Raises what
+    `read` would raise for a missing, empty, foreign or (where it can be seen) truncated file.
+``read(path, **options) -> object``
+    the data. For a volume a read-only ndarray that shares memory with nothing else. Called by
+    several threads at once on different files, and on the same file. Calls `checkpoint` between
+    steps of about a millisecond, so that a prefetch nobody wants any more can stop.
+
+and, where it can,
+
+``converts``
+    True if `probe` and `read` take ``dtype=`` and convert while loading (else the cache converts
+    after loading, and accounts for both copies).
+``read_part(path, index, **options) -> ndarray``
+    the part ``index`` (a full tuple of int and slice, one for each axis, steps positive) reading
+    no more than it needs: equal in value, dtype and axes order to ``read(path)[index]``.
+``write(path, data, affine, header)``
+    writes; leaves nothing behind when it fails.
+
+An error names the file and says what to do. ``lazycache.testing.check_reader`` holds a reader to
+all of this.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Probe:
+    """What the header of a file tells.
+
+    ``shape`` and ``dtype`` are those of the data as `read` gives them (scaling applied), or None
+    for data that is no array (a surface). ``nbytes`` is what the data will take in memory and
+    ``peak_nbytes`` the most that reading takes at once, the data included. ``affine`` is the 4x4
+    voxel-to-millimetre matrix, or None for a file that says nothing of space. ``files`` are all
+    the files that the data come from (``.hdr`` and ``.img``): when one of them changes, the data
+    have changed. ``dtype_reason`` says why the dtype isn't the one on disk.
+    """
+
+    format: str
+    shape: tuple[int, ...] | None
+    dtype: np.dtype[Any] | None
+    nbytes: int
+    peak_nbytes: int
+    files: tuple[str, ...]
+    order: Literal["C", "F"] = "C"
+    affine: NDArray[np.float64] | None = None
+    header: Any = None
+    dtype_reason: str = ""
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """The methods that every reader has; the module says what each promises."""
+
+    @property
+    def name(self) -> str: ...
+
+    def can_read(self, path: str) -> bool: ...
+
+    def probe(self, path: str, **options: Any) -> Probe: ...
+
+    def read(self, path: str, **options: Any) -> Any: ...
+
+
+class LoadCancelled(BaseException):
+    """Raised by `checkpoint` in a load that nobody wants any more; never seen by users."""
+
+
+class _Local(threading.local):
+    cancelled: Callable[[], bool] | None = None
+
+
+_local = _Local()
+
+
+def checkpoint() -> None:
+    """Called by readers between steps: ends a prefetch that was cancelled."""
+    cancelled = _local.cancelled
+    if cancelled is not None and cancelled():
+        raise LoadCancelled
+
+
+@contextmanager
+def cancellable(cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Make `checkpoint` of this thread ask ``cancelled`` for the length of the block."""
+    outer = _local.cancelled
+    _local.cancelled = cancelled
+    try:
+        yield
+    finally:
+        _local.cancelled = outer
