@@ -24,9 +24,9 @@ def count_overcommit(table: Table, scope: Scope, label: str, need: int, after: A
         if not level.warned:
             level.warned = True
             after.warnings.append(
-                f"{label} takes the cache {format_size(short)} over its budget of "
-                f"{format_size(level.budget)}: nothing more can be freed. Held are "
-                f"{largest(table, level)}. Set a larger budget, or let go of data that you hold"
+                f"{label} needs {format_size(short)} more than the budget of "
+                f"{format_size(level.budget)} has left, and nothing more can be freed. "
+                f"{largest(table, level)}Set a larger budget, or let go of data that you hold"
             )
         return
 
@@ -46,5 +46,6 @@ def holders(table: Table, level: Scope) -> list[Holder]:
 
 
 def largest(table: Table, level: Scope, count: int = 5) -> str:
+    """A sentence about the largest holders of what can't be freed; nothing if there are none."""
     held = [holder for holder in holders(table, level) if holder.reason != "cached"][:count]
-    return "; ".join(str(holder) for holder in held) or "no data"
+    return f"Held are {'; '.join(map(str, held))}. " if held else ""

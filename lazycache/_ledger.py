@@ -42,9 +42,10 @@ _STALE = 64
 class _Recency(Generic[K]):
     """Keys from the least recently used on, weighed in bytes, with a look at the first."""
 
-    __slots__ = ("_first", "_lru")
+    __slots__ = ("_first", "_lru", "tier")
 
-    def __init__(self) -> None:
+    def __init__(self, tier: Tier) -> None:
+        self.tier = tier
         self._lru: LRUCache[K, int] = LRUCache(math.inf, getsizeof=int)
         # The least recently used key and its bytes once somebody looked: cachetools tells which
         # one it is only by giving it up.
@@ -85,6 +86,8 @@ class _NextUse(Generic[K]):
 
     __slots__ = ("_heap", "_live", "_serial", "nbytes")
 
+    tier: Tier = "planned"
+
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, K]] = []
         self._live: dict[K, tuple[int, int, int]] = {}  # key → (-next use, serial, nbytes)
@@ -100,6 +103,9 @@ class _NextUse(Generic[K]):
             heapq.heapify(self._heap)
         else:
             heapq.heappush(self._heap, (-next_use, self._serial, key))
+
+    def touch(self, key: K) -> None:
+        """A use that wasn't planned changes nothing of the plan."""
 
     def discard(self, key: K) -> None:
         self.nbytes -= self._live.pop(key)[2]
@@ -124,10 +130,10 @@ class Ledger(Generic[K]):
 
     def __init__(self) -> None:
         self._recency: dict[Tier, _Recency[K]] = {
-            tier: _Recency() for tier in TIERS if tier != "planned"
+            tier: _Recency(tier) for tier in TIERS if tier != "planned"
         }
         self._next_use: _NextUse[K] = _NextUse()
-        self._where: dict[K, Tier] = {}
+        self._where: dict[K, _Recency[K] | _NextUse[K]] = {}
 
     def __len__(self) -> int:
         return len(self._where)
@@ -143,7 +149,7 @@ class Ledger(Generic[K]):
     def put(self, key: K, nbytes: int, tier: Tier, next_use: int | None = None) -> None:
         """File an entry that nobody uses any more; ``next_use`` goes with ``planned``."""
         self.remove(key)
-        self._where[key] = tier
+        self._where[key] = self._next_use if tier == "planned" else self._recency[tier]
         if tier == "planned":
             assert next_use is not None
             self._next_use.add(key, nbytes, next_use)
@@ -152,23 +158,21 @@ class Ledger(Generic[K]):
 
     def touch(self, key: K) -> None:
         """The entry was used: it becomes the most recent of its tier. Unknown keys are ignored."""
-        tier = self._where.get(key)
-        if tier is not None and tier != "planned":
-            self._recency[tier].touch(key)
+        kind = self._where.get(key)
+        if kind is not None:
+            kind.touch(key)
 
     def remove(self, key: K) -> bool:
         """Take an entry out; False if it isn't here."""
-        tier = self._where.pop(key, None)
-        if tier is None:
+        kind = self._where.pop(key, None)
+        if kind is None:
             return False
-        if tier == "planned":
-            self._next_use.discard(key)
-        else:
-            self._recency[tier].discard(key)
+        kind.discard(key)
         return True
 
     def tier(self, key: K) -> Tier | None:
-        return self._where.get(key)
+        kind = self._where.get(key)
+        return None if kind is None else kind.tier
 
     def peek(self, tiers: Iterable[Tier] = TIERS) -> tuple[int, K] | None:
         """(rank of its tier, key) of the next victim among ``tiers``, or None."""
@@ -201,7 +205,7 @@ class Ledger(Generic[K]):
             for key in keys:
                 assert key not in seen, f"{key!r} is filed twice"
                 seen[key] = tier
-        assert seen == self._where
+        assert seen == {key: kind.tier for key, kind in self._where.items()}
         assert self._next_use.nbytes == sum(n for _, _, n in self._next_use._live.values())
 
 

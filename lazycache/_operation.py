@@ -327,8 +327,7 @@ class Operation:
             result.value = value
             if cost != float("inf") and nbytes:
                 add_result(table, result, nbytes, cost, use.scope)
-            shrink(table, use.scope, after)
-            count_overcommit(table, use.scope, use.label, 0, after)
+            shrink(table, use.scope, after, use.label)
 
         table.section(work)
         return value
@@ -465,7 +464,7 @@ def _obtain(table: Table, request: _Request, need: int, room: int, after: After)
         level, short = (lacking or crowded)[0]
         return BudgetExceededError(
             f"{request.label} needs {format_size(need + room)}, {format_size(short)} more than the "
-            f"budget of {format_size(level.budget)} can give. Held are {largest(table, level)}. "
+            f"budget of {format_size(level.budget)} can give. {largest(table, level)}"
             f"Set a larger budget, or let go of data that you hold"
         )
     if lacking:

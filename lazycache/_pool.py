@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import _buffers, memory
 from ._flight import AbandonedError, Flight, Joiner, name_file
-from ._holders import count_overcommit
 from ._ledger import IDLE
 from ._records import Entry, Scope, Stream, Use
 from ._victims import make_room, shrink
@@ -223,8 +222,7 @@ class Pool:
                 f"{key.name}: the reader {reader!r} announced {format_size(reserved)} "
                 f"and returned {format_size(nbytes)}"
             )
-            shrink(table, scope, after)
-            count_overcommit(table, scope, key.name, 0, after)
+            shrink(table, scope, after, key.name)
 
     def _fail(self, flight: Flight, error: Exception, after: After) -> None:
         flight.charge.scope.counters.load_failures += 1

@@ -19,7 +19,6 @@ import heapq
 import logging
 import threading
 import time
-import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from typing import Any, TypeVar
 
 from ._accounts import Accounts
 from ._flight import Flight
+from ._frames import warn
 from ._integrity import repair
 from ._ledger import Schedule, Tier
 from ._pool import Pool
@@ -58,12 +58,14 @@ R = TypeVar("R", bound=Ref)
 class After:
     """What a locked section leaves to be done once the lock is free."""
 
-    __slots__ = ("events", "garbage", "messages", "warnings")
+    __slots__ = ("events", "garbage", "messages", "shrinking", "warnings")
 
     def __init__(self) -> None:
         self.garbage = Garbage(threading.get_ident())
         self.events: list[tuple[Scope, Event]] = []
         self.messages: list[str] = []  # for the log alone
+        # Who may still be over a budget when the garbage is gone, and why; see `shrink`.
+        self.shrinking: list[tuple[Scope, str | None]] = []
         self.warnings: list[str] = []
 
 
@@ -138,10 +140,12 @@ class Table:
             self._tell(after)
             if not dropped:
                 return
-            after = After()
+            shrinking, after = after.shrinking, After()
             with self.lock:
                 self.enter(after)
                 self.changed = True
+                for scope, label in shrinking:
+                    shrink(self, scope, after, label)
                 self.leave(after)
 
     def section(self, work: Callable[[After], None]) -> None:
@@ -161,10 +165,11 @@ class Table:
                         callback(event)
                     except Exception:
                         log.exception("a subscriber failed on %s", event)
-        for text in (*after.messages, *after.warnings):
+        for text in after.messages:
             log.warning(text)
         for text in after.warnings:
-            warnings.warn(text, BudgetExceededWarning, stacklevel=4)
+            log.info(text)
+            warn(text, BudgetExceededWarning)
 
     # Waking
 
@@ -407,8 +412,8 @@ class Table:
                 self._count_release(entry, after)
                 self.detach(entry, after)
         # Last, so that one that an interrupt left half closed is closed again.
-        stream.closed = True
         self.streams.pop(stream, None)
+        stream.closed = True
         self.changed = True
 
     # Operations

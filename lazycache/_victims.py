@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ._holders import count_overcommit
 from ._ledger import TIERS, Tier
 from ._records import Scope
 from .source import Key, Result
@@ -118,7 +119,16 @@ def drop_results(scopes: list[Scope], short: int, after: After) -> int:
     return short
 
 
-def shrink(table: Table, scope: Scope, after: After) -> None:
-    """Evict until every level fits its budget again, or nothing more can go."""
+def shrink(table: Table, scope: Scope, after: After, label: str | None = None) -> None:
+    """Evict until every level fits its budget again, or nothing more can go.
+
+    What is evicted may be held outside and free nothing, which shows once it is dropped: then the
+    section that follows looks again. What is over in the end is an overcommit of ``label``.
+    """
     for level in scope.chain:
-        make_room(table, level, level.used - table.dying(level) - level.budget, after)
+        short = level.used - table.dying(level) - after.garbage.dying(level) - level.budget
+        make_room(table, level, short, after)
+    if after.garbage.bytes:
+        after.shrinking.append((scope, label))
+    elif label is not None:
+        count_overcommit(table, scope, label, 0, after)

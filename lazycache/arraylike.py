@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import operations as ops
+from ._frames import location
 from .express import (
     Expressible,
     called,
@@ -26,7 +27,7 @@ from .express import (
     replaced,
     template_of,
 )
-from .expression import Node, OpNode, Slot, ValueNode, frozen, location
+from .expression import Node, OpNode, Slot, ValueNode, frozen
 from .stacking import Watch
 
 # What array operators leave to the other operand, or to Python's TypeError.

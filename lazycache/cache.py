@@ -12,7 +12,6 @@ import atexit
 import contextvars
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -21,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from . import _buffers, config, memory
-from ._holders import count_overcommit, holders
+from ._frames import warn
+from ._holders import holders
 from ._integrity import after_fork, check
 from ._operation import Operation
 from ._preloading import Preloading
@@ -293,8 +293,7 @@ class DataCache:
 
         def work(after: After) -> None:
             table.accounts.hold(value, nbytes, scope, name, "memory")
-            shrink(table, scope, after)
-            count_overcommit(table, scope, name, 0, after)
+            shrink(table, scope, after, name)
 
         table.section(work)
         return value
@@ -315,10 +314,9 @@ class DataCache:
 
             table.section(work)
         for key in changed:
-            warnings.warn(
+            warn(
                 f"{key.name} changed since it was last read: its old data are dropped",
                 FileChangedWarning,
-                stacklevel=3,
             )
 
     def used_up(self, handle: Handle, uses: int) -> None:
@@ -403,8 +401,13 @@ def cache_for(explicit: DataCache | None, made_in: weakref.ref[DataCache] | None
     """
     if explicit is not None:
         return explicit
+    # Every hit comes through here: the usual cases first.
     scope = _scope.get()
-    if scope is not None and not scope.closed:
+    if scope is None and made_in is not None:
+        scope = made_in()
+    if scope is None:
+        scope = _global
+    if scope is not None and scope._in is not None and not scope._in.closed:
         return scope
     scope = _open_scope()
     if scope is None and made_in is not None:

@@ -8,7 +8,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from .expression import GridMode, Node, Op, OpNode, Slot, ValueNode, frozen, location
+from ._frames import location
+from .expression import GridMode, Node, Op, OpNode, Slot, ValueNode, frozen
 
 
 class Expressible:

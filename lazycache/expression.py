@@ -13,21 +13,19 @@ scalar so stays one, with the dtype rules of a Python scalar.
 from __future__ import annotations
 
 import os
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _buffers
+from ._frames import Location
 from .source import FileKey, Handle, Result
 
 Affine = NDArray[np.float64]
-Location = tuple[str, int]
 GridMode = Literal["error", "warn", "ignore"]
 
 # How the shape of a result follows from those of the operands:
@@ -185,28 +183,6 @@ class OpNode(Node):
     def where(self) -> str:
         """The line where the user wrote it, for messages."""
         return "" if self.location is None else f'"{self.location[0]}", line {self.location[1]}'
-
-
-# Code of these packages isn't the user's.
-_NOT_USERS = (__name__.partition(".")[0], "numpy")
-
-
-def user_frame() -> tuple[FrameType | None, int]:
-    """The innermost frame of the user's code, and its ``stacklevel`` for the caller."""
-    frame: FrameType | None = sys._getframe(1)
-    level = 1
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_USERS:
-            return frame, level
-        frame = frame.f_back
-        level += 1
-    return None, 1
-
-
-def location() -> Location | None:
-    """The file and line of the user's code that is running."""
-    frame, _ = user_frame()
-    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
 
 def fill(template: Any, values: list[Any]) -> Any:

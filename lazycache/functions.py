@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from . import operations as ops
+from ._frames import location
 from .arraylike import ArrayLike
 from .express import express
-from .expression import GridMode, Node, OpNode, ValueNode, frozen, location
+from .expression import GridMode, Node, OpNode, ValueNode, frozen
 from .folds import fold
 from .proxy import LazyReadData
 

@@ -10,7 +10,6 @@ What has no affine, or one with NaN or infinities, says nothing of space and is 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, Literal, TypeGuard
@@ -18,6 +17,7 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from ._frames import warn
 from .errors import GridMismatchError, GridMismatchWarning, ShapeMismatchError
 
 Affine = NDArray[Any]
@@ -117,11 +117,7 @@ def check_grids(
         return
     found = f"images lie on different grids: {listed(lines)}. "
     if mode == "warn":
-        warnings.warn(
-            f"{found}They are combined voxel by voxel all the same.",
-            GridMismatchWarning,
-            stacklevel=2,
-        )
+        warn(f"{found}They are combined voxel by voxel all the same.", GridMismatchWarning)
     else:
         first = next(name for name, affine, _ in items if says_place(affine))
         raise GridMismatchError(

@@ -10,12 +10,12 @@ part of a file is replaced by a cut from the whole where that needs no reading.
 from __future__ import annotations
 
 import contextvars
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from . import operations as ops
+from ._frames import warn
 from .errors import FileChangedError, FileChangedWarning, ReadError, ShapeMismatchError
 from .expression import (
     FileNode,
@@ -25,7 +25,6 @@ from .expression import (
     Slot,
     ValueNode,
     describe,
-    user_frame,
     walk,
 )
 from .grid import aligned_shapes, check_grids, listed, same_grid, says_place
@@ -251,10 +250,9 @@ def probe_all(files: Iterable[FileNode]) -> None:
     for node in nodes:
         expected, node.expected = node.expected, None
         if expected is not None and expected != node.key.fingerprint:
-            warnings.warn(
+            warn(
                 f"{node.key.name} changed since the expression was pickled: the new data are used",
                 FileChangedWarning,
-                stacklevel=user_frame()[1],
             )
 
 

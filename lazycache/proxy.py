@@ -125,15 +125,15 @@ class LazyReadData(ArrayLike):
 
         Raises what reading and computing raise; the next access tries again.
         """
-        node = _node_of(self)
-        result = self._result
-        if node is None:
-            return result
-        if isinstance(node, FileNode):
+        node = self._node
+        if type(node) is FileNode:
             value = self._use().lookup(node.key)
             if value is not None:
                 return value
-        elif isinstance(node, ValueNode) and node.adopted:
+        result = self._result
+        if node is _LOADING:
+            return result
+        if isinstance(node, ValueNode) and node.adopted:
             return node.value
         if result is not None:
             value = result.value
@@ -146,7 +146,7 @@ class LazyReadData(ArrayLike):
 
     @data.setter
     def data(self, value: Any) -> None:
-        if _node_of(self) is None:
+        if self._node is _LOADING:
             self._result = value  # inside load_data of a subclass
         else:
             self._become(value_node(value, self.filename or ""))
@@ -161,7 +161,7 @@ class LazyReadData(ArrayLike):
         Called without a lock, once at a time for this proxy, perhaps in another thread; not to be
         called by users.
         """
-        if _node_of(self) is not None:
+        if self._node is not _LOADING:
             return self.data
         options = {**(self.read_options or {}), **self.kwargs}
         assert self.filename is not None
@@ -371,6 +371,10 @@ class LazyReadData(ArrayLike):
         return caches.cache_for(self._cache, self._made_in)
 
 
+# The node of the twin on which a subclass loads: it has no data yet but what it sets itself.
+_LOADING = ValueNode(None, "data that are being loaded")
+
+
 class _Override:
     """The reader of a subclass that overrides how data are loaded.
 
@@ -387,7 +391,7 @@ class _Override:
     def __call__(self, path: str, **options: Any) -> Any:
         twin = object.__new__(self.kind)
         twin.__dict__ = self.attributes
-        twin._result = None
+        twin._node, twin._result = _LOADING, None
         return twin._lazy_read()
 
 
@@ -396,13 +400,6 @@ def _overridden(kind: type[LazyReadData]) -> bool:
         kind.load_data is not LazyReadData.load_data
         or kind._lazy_read is not LazyReadData._lazy_read
     )
-
-
-def _node_of(proxy: LazyReadData) -> Node | None:
-    try:
-        return proxy._node
-    except AttributeError:  # the twin of an `_Override` has none
-        return None
 
 
 def _has_value(result: Result | None) -> bool:

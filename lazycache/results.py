@@ -24,7 +24,8 @@ def compute(*expressions: Any) -> tuple[Any, ...]:
     if not proxies:
         return expressions
     nodes = [proxy._node for proxy in proxies]
-    computed = iter(execute.compute(nodes, proxies[0]._use(), f"computing {len(nodes)} results"))
+    label = f"computing {len(nodes)} results" if len(nodes) > 1 else ""
+    computed = iter(execute.compute(nodes, proxies[0]._use(), label))
     values = []
     for item, node in zip(expressions, _nodes(expressions), strict=True):
         if node is None:

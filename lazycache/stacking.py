@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import gc
 import threading
-import warnings
 import weakref
 from typing import Any
 
+from ._frames import user_frame, warn
 from .errors import StackingWarning
-from .expression import user_frame
 
 
 class _Last(threading.local):
@@ -35,7 +34,7 @@ class Watch:
 
     def converted(self, proxy: Any, array: Any) -> None:
         """``proxy`` was asked for its array and gives ``array``."""
-        frame, level = user_frame()
+        frame, _ = user_frame()
         if frame is None:
             return
         last = self._last
@@ -50,9 +49,8 @@ class Watch:
         # No generator expression here: its cell would be a holder.
         if gc.get_referrers(before) or id(before) in map(id, frame.f_locals.values()):
             return
-        warnings.warn(
+        warn(
             "NumPy loads every proxy of a list to make one array of them all: write lc.mean(list) "
             "(or lc.sum, lc.std, ...), or give it the proxies one at a time",
             StackingWarning,
-            stacklevel=level,
         )

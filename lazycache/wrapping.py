@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ._frames import warn
 from .errors import IntegerWrapWarning
-from .expression import FileNode, Node, OpNode, ValueNode, fill, user_frame
+from .expression import FileNode, Node, OpNode, ValueNode, fill
 from .layout import infer, layout_of
 from .outline import Outline
 
@@ -76,12 +76,11 @@ class Bounds:
             return
         step, dtype, images = self.wrapped
         where = f" (in {step.op.name} at {step.where()})" if step.location else ""
-        warnings.warn(
+        warn(
             f"the values of {images} images left the range of {dtype}{where}, and such values wrap "
             f"around in NumPy: write lc.mean(images) or lc.sum(images), or convert first with "
             f'.astype("int64") or dtype="float32"',
             IntegerWrapWarning,
-            stacklevel=user_frame()[1],
         )
 
 

@@ -575,6 +575,35 @@ def test_headroom_is_what_a_load_could_take(cache: DataCache) -> None:
         assert rich.headroom < 1 << 40  # no more than the machine has
 
 
+def test_what_is_held_outside_is_no_victim_to_stop_at(cache: DataCache) -> None:
+    held = cache.load(Made("held", 3 * UNIT))[1:]
+    for i in range(3):
+        cache.load(Made(str(i)))
+    constant = cache.adopt(bytes_of(1), "mask")
+    assert cache.used == 6 * UNIT
+    cache.budget = 5 * UNIT
+    assert cache.used == 5 * UNIT
+    assert cache.stats().overcommits == 0
+    with pytest.warns(BudgetExceededWarning, match="mask"):
+        another = cache.adopt(bytes_of(1, 2 * UNIT), "mask")
+    assert cache.used == 6 * UNIT
+    assert cache.stats().overcommits == 1
+    del held, constant, another
+
+
+def test_evicting_for_a_scope_spares_what_encloses_it(cache: DataCache) -> None:
+    inner = DataCache(2 * UNIT)
+    inner._bind(cache)
+    for i in range(4):
+        cache.load(Made(f"outer {i}"))
+    for i in range(2):
+        inner.load(Made(f"inner {i}"))
+    constant = inner.adopt(bytes_of(1), "mask")
+    assert (inner.used, cache.used) == (2 * UNIT, 6 * UNIT)
+    assert cache.stats().evictions == 1
+    del constant
+
+
 # Operations and results
 
 

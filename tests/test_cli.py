@@ -436,7 +436,7 @@ class TestEval:
     def test_going_over_the_budget_is_told_once(self, run: Run, volumes: Any) -> None:
         ran = run("eval", *FILES, "-o", "o.nii=mean(images)", "--budget", "1kB")
         warning, closing = ran.err.splitlines()
-        assert (ran.status, "over its budget" in warning) == (0, True)
+        assert (ran.status, "more than the budget" in warning) == (0, True)
         assert " of 1000 B, " in closing
 
     def test_the_number_of_threads_is_given_back(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from lazycache import _buffers
 from lazycache import operations as ops
+from lazycache._frames import location, user_frame
 from lazycache.cache import DataCache
 from lazycache.errors import ShapeMismatchError
 from lazycache.expression import (
@@ -30,8 +31,6 @@ from lazycache.expression import (
     files_under,
     fill,
     frozen,
-    location,
-    user_frame,
     walk,
 )
 from lazycache.layout import dense, infer, layout_of, transient

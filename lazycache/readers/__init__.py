@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
+from lazycache._frames import warn
 from lazycache.errors import PluginWarning, ReadError, UnknownFormatError
 
 from .arrays import NumPyReader
@@ -157,7 +157,7 @@ def _find_plugins() -> tuple[tuple[Reader, ...], list[tuple[str, Exception]]]:
 
 
 def _warn(text: str, error: Exception) -> None:
-    warnings.warn(f"{text}: {type(error).__name__}: {error}", PluginWarning, stacklevel=4)
+    warn(f"{text}: {type(error).__name__}: {error}", PluginWarning)
 
 
 def _check(reader: Any) -> None:
