@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+from ._closing import finish_closing
 from ._flight import AbandonedError
 from ._ledger import Ledger
 from ._records import KINDS, Charge, Entry
@@ -79,7 +80,7 @@ def repair(table: Table, after: After) -> None:
             table.file(entry, after)
     for scope in scopes:
         if scope.closed:
-            table.finish_closing(scope, after)
+            finish_closing(table, scope, after)
     table.changed = True
 
 

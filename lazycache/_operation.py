@@ -7,65 +7,27 @@ level of its scope, the workspaces of all operations, what users hold and the la
 them fit the budget together. So when every admitted operation waits, none has operands pinned, all
 operands can be evicted, and the one whose turn it is goes on. Then it pins its operands step by
 step.
-
-A request waits only while some thread runs that will release something: another operation that
-isn't waiting itself, somebody who is about to free a victim, a read by a pool thread. When there is
-none, and after one garbage collection, it goes on over the budget (an overcommit), or, in a strict
-cache, raises.
 """
 
 from __future__ import annotations
 
 import contextvars
-import gc
-import queue
 import threading
-import weakref
 from collections.abc import Iterable, Sequence
-from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from . import _buffers
 from ._flight import AbandonedError, Flight, Joiner, error_for_another
-from ._holders import count_overcommit, largest
 from ._ledger import Schedule
-from ._records import Scope, Stream, Use, UseRef, Waiter
+from ._records import Scope, Stream, Use, UseRef
+from ._request import Request, Verdict, insist, obtain
 from ._table import After, Table
-from ._victims import add_result, drop_results, evictable, make_room, shrink
-from .errors import BudgetExceededError, CacheClosedError, LoadCycleError
-from .sizes import format_size, nbytes_of
+from ._victims import add_result, shrink
+from .errors import CacheClosedError, LoadCycleError
+from .sizes import nbytes_of
 from .source import Key, Result
-
-Verdict = Literal["granted", "again", "collect", "wait"] | Exception
-
-
-class _Request:
-    """The state of one request between its looks at the table."""
-
-    __slots__ = (
-        "collected",
-        "impatient",
-        "label",
-        "nested",
-        "operands",
-        "scope",
-        "thread",
-        "waiter",
-        "waits",
-    )
-
-    def __init__(self, scope: Scope, label: str, nested: bool) -> None:
-        self.scope = scope
-        self.label = label
-        self.nested = nested
-        self.thread = threading.get_ident()
-        self.operands: dict[Key, int] = {}  # what it will pin, and the bytes of each
-        self.waiter: Waiter | None = None
-        self.waits = 0
-        self.collected = False
-        self.impatient = False
 
 
 class Operation:
@@ -90,7 +52,7 @@ class Operation:
 
     def __enter__(self) -> Operation:
         table, use = self._table, self._use
-        request = _Request(use.scope, use.label, nested=_runs_here(table))
+        request = Request(use.scope, use.label, nested=_runs_here(table))
         request.operands = {key: key.estimate()[1] for key in dict.fromkeys(self._order)}
         # With one or two operands there is nothing to read ahead of.
         wants = list(request.operands.items()) if len(request.operands) > 2 else []
@@ -102,20 +64,15 @@ class Operation:
                 return CacheClosedError(
                     "this cache is closed: use the proxy without cache=, or with an open one"
                 )
-            verdict = _obtain(table, request, self._workspace, use.room, after)
+            verdict = obtain(table, request, self._workspace, use.room, after)
             if verdict == "granted":
                 self._admit(wants, after)
             return verdict
 
-        _insist(table, request, attempt)
+        insist(table, request, attempt)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -157,7 +114,7 @@ class Operation:
         wanted = list(keys)
         distinct = list(dict.fromkeys(wanted))
         peaks: dict[Key, int] = {}
-        request = _Request(use.scope, use.label, nested=True)
+        request = Request(use.scope, use.label, nested=True)
         while True:
             joined: list[tuple[Flight, Joiner]] = []
             hits: list[Key] = []
@@ -174,7 +131,7 @@ class Operation:
                 unknown.clear()
                 return self._try(distinct, peaks, request, joined, hits, unknown, after)
 
-            _insist(table, request, attempt)
+            insist(table, request, attempt)
             if unknown:
                 # Their headers are read outside the lock.
                 peaks.update((key, key.estimate()[1]) for key in unknown)
@@ -192,7 +149,7 @@ class Operation:
         self,
         keys: list[Key],
         peaks: dict[Key, int],
-        request: _Request,
+        request: Request,
         joined: list[tuple[Flight, Joiner]],
         hits: list[Key],
         unknown: list[Key],
@@ -221,7 +178,7 @@ class Operation:
                 )
         if missing and not unknown and verdict == "granted":
             need = sum(peaks[key] for key in missing)
-            verdict = _obtain(table, request, need, 0, after)
+            verdict = obtain(table, request, need, 0, after)
         if verdict != "granted" or unknown:
             for key in hits:
                 table.unpin(use, key, after, used=False)
@@ -350,164 +307,3 @@ def _leads_to(table: Table, flight: Flight, thread: int) -> bool:
             return False
         flight = blocked
     return True
-
-
-def _insist(table: Table, request: _Request, attempt: Any) -> None:
-    """Look at the table until ``attempt`` is granted. Called without the lock."""
-    try:
-        while True:
-            verdicts: list[Verdict] = []
-
-            def look(after: After, verdicts: list[Verdict] = verdicts) -> None:
-                table.blocked.pop(request.thread, None)
-                verdict = attempt(after)
-                if verdict == "granted" or isinstance(verdict, Exception):
-                    _leave_queue(table, request)
-                else:
-                    _queue(table, request)
-                if verdict == "wait":
-                    table.blocked[request.thread] = None
-                    request.waits += 1
-                    request.scope.counters.waits += request.waits == 1
-                verdicts.append(verdict)
-
-            table.section(look)
-            verdict = verdicts[0]
-            if verdict == "granted":
-                return
-            if isinstance(verdict, Exception):
-                verdicts.clear()
-                try:
-                    raise verdict
-                finally:
-                    del verdict  # its traceback has this frame
-            if verdict == "collect":
-                gc.collect()
-            elif verdict == "wait":
-                assert request.waiter is not None
-                try:
-                    request.waiter.wake.get(timeout=table.wait_limit)
-                except queue.Empty:
-                    request.impatient = True
-    except BaseException:
-
-        def withdraw(after: After) -> None:
-            table.blocked.pop(request.thread, None)
-            _leave_queue(table, request)
-
-        table.section(withdraw)
-        raise
-
-
-def _queue(table: Table, request: _Request) -> None:
-    """Take a ticket, so that neither later requests nor prefetches get what is being freed."""
-    if request.waiter is None:
-        request.waiter = Waiter(request.thread)
-        tickets = table.nested if request.nested else table.fresh
-        tickets.append(weakref.ref(request.waiter))
-    table.changed = True
-
-
-def _leave_queue(table: Table, request: _Request) -> None:
-    if request.waiter is not None:
-        request.waiter.left = True
-        request.waiter = None
-        table.changed = True
-
-
-def _my_turn(table: Table, request: _Request) -> bool:
-    if request.nested:
-        return True
-    return table.first() in (None, request.waiter)
-
-
-def _obtain(table: Table, request: _Request, need: int, room: int, after: After) -> Verdict:
-    """Whether ``need`` bytes may be charged now; if not, begin what may lead there."""
-    scope = request.scope
-    if not need and not room:
-        return "granted"
-    if not _my_turn(table, request):
-        return "wait"
-    lacking = [
-        (level, short) for level in scope.chain if (short := level.used + need - level.budget) > 0
-    ]
-    crowded = (
-        []
-        if request.nested
-        else [
-            (level, short)
-            for level in scope.chain
-            if (short := _crowd(table, level, need, room, request.operands)) > 0
-        ]
-    )
-    if not lacking and not crowded:
-        return "granted"
-    others = table.helpers(request.thread) and not request.impatient
-    for level, short in lacking:
-        short -= table.dying(level) + after.garbage.dying(level)
-        if short > 0 and (not others or evictable(level) >= short):
-            make_room(table, level, short, after)
-    for level, short in crowded:
-        if not after.garbage.bytes:
-            drop_results(level.tree(), short, after)
-    if after.garbage.bytes:
-        return "again"
-    freed = [_cancel_prefetches(table, level, short) for level, short in lacking]
-    if any(freed):
-        return "again"
-    if table.helpers(request.thread) and not request.impatient:
-        return "wait"
-    if not request.collected:
-        request.collected = True
-        return "collect"
-    if any(level.strict for level in scope.chain):
-        level, short = (lacking or crowded)[0]
-        return BudgetExceededError(
-            f"{request.label} needs {format_size(need + room)}, {format_size(short)} more than the "
-            f"budget of {format_size(level.budget)} can give. {largest(table, level)}"
-            f"Set a larger budget, or let go of data that you hold"
-        )
-    if lacking:
-        count_overcommit(table, scope, request.label, need, after)
-    return "granted"
-
-
-def _crowd(table: Table, level: Scope, need: int, room: int, operands: dict[Key, int]) -> int:
-    """By how much the admission of one more operation would be too much for ``level``."""
-    rooms = [use.room for use in table.uses if level in use.scope.chain and not use.pinned]
-    pinned = {
-        entry
-        for use in table.uses
-        if use.pinned
-        for entry in use.entries.values()
-        if level in entry.owner.charge.scope.chain
-    }
-    fixed = level.by_kind["workspace"] + level.by_kind["held"]
-    fixed += sum(entry.nbytes for entry in pinned)
-    if operands and fixed + need + room > level.budget:
-        # Operands that users hold are counted already, and take no more room.
-        there = {entry.key for entry in pinned}
-        there.update(
-            key
-            for key in operands.keys() & table.ghosts.keys()
-            if table.ghosts[key].owner.charge in table.accounts.charges
-        )
-        room = min(room, sum(peak for key, peak in operands.items() if key not in there))
-    return fixed + need + max([room, *rooms]) - level.budget
-
-
-def _cancel_prefetches(table: Table, level: Scope, short: int) -> bool:
-    """Cancel prefetches that nobody has joined, those wanted last first; True if bytes are free."""
-    mine = [
-        flight
-        for flight in table.flights.values()
-        if flight.prefetch and not flight.cancelled and level in flight.charge.scope.chain
-    ]
-    freed = False
-    for flight in reversed(mine):
-        if short <= 0:
-            break
-        short -= flight.charge.nbytes
-        freed = freed or flight.thread is None
-        table.pool.cancel(flight)
-    return freed

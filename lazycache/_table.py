@@ -15,7 +15,6 @@ Objects die anywhere, inside a locked section too. Their callbacks take no lock:
 
 from __future__ import annotations
 
-import heapq
 import logging
 import threading
 import time
@@ -31,7 +30,6 @@ from ._integrity import repair
 from ._ledger import Schedule, Tier
 from ._pool import Pool
 from ._records import (
-    KINDS,
     Entry,
     Garbage,
     Ghost,
@@ -456,49 +454,3 @@ class Table:
             for flight in self.flights.values()
             if flight.thread is not None
         )
-
-    # Scopes
-
-    def close_scope(self, scope: Scope, after: After) -> None:
-        """End a scope: what is only cached goes, what is in use or held moves to its parent."""
-        if not scope.closed:
-            scope.closed = True
-            self.finish_closing(scope, after)
-
-    def finish_closing(self, scope: Scope, after: After) -> None:
-        """What is left to do for a closed scope. Each step may be done again after an interrupt."""
-        for stream in [s for s in self.streams if s.scope is scope]:
-            self.close_stream(stream, after)
-        for entry in [e for e in self.entries.values() if e.scope is scope]:
-            if entry.pins == 0:
-                self.detach(entry, after)
-        parent = scope.parent
-        if parent is None:
-            return
-        parent.results.extend(scope.results)
-        heapq.heapify(parent.results)
-        parent.results_nbytes += scope.results_nbytes
-        scope.results, scope.results_nbytes = [], 0
-        for charge in self.accounts.charges:
-            if charge.scope is scope:
-                charge.scope = parent
-        for entry in self.entries.values():
-            if entry.scope is scope:
-                entry.scope = parent
-        for use in self.uses:
-            if use.scope is scope:
-                use.scope = parent
-                for entry in use.entries.values():
-                    if entry.scope is scope:
-                        entry.scope = parent
-        scope.used, scope.by_kind = 0, dict.fromkeys(KINDS, 0)
-        # Its own too: a request that still waits in it goes on with the levels around it.
-        for inner in scope.tree():
-            inner.chain = tuple(level for level in inner.chain if level is not scope)
-        for child in scope.children:
-            child.parent = parent
-        # Last, because this is how an interrupted closing is found.
-        parent.children = [c for c in parent.children if c is not scope] + scope.children
-        scope.children = []
-        parent.counters.add(scope.counters)
-        self.changed = True

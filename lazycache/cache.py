@@ -14,12 +14,12 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from . import _buffers, config, memory
+from ._closing import close_scope
 from ._frames import warn
 from ._holders import holders
 from ._integrity import after_fork, check
@@ -106,12 +106,7 @@ class DataCache:
         _scope.set(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
         # Not reset by a token: a generator may end in another context than it began in. Whoever
         # finds a closed scope in the variable goes on to the one around it.
@@ -128,7 +123,7 @@ class DataCache:
         Loads under way end, and are charged to the enclosing scope. Closing again does nothing.
         """
         table, scope = self._bind()
-        table.section(lambda after: table.close_scope(scope, after))
+        table.section(lambda after: close_scope(table, scope, after))
 
     def clear(self) -> None:
         """Drop everything that isn't in use, in this scope and in those inside it."""

@@ -200,6 +200,14 @@ class _Run:
     # Doing
 
     def _step(self, step: OpNode, operation: Operation) -> None:
+        # The frame that held the operands is gone before they are unpinned: whoever evicts one
+        # then frees its memory, and finds it held by nobody.
+        free = self._compute(step, operation)
+        if free:
+            operation.unpin(free)
+
+    def _compute(self, step: OpNode, operation: Operation) -> list[Key]:
+        """Run one step; the files that no later step needs pinned."""
         operands = self.outline.operands(step)
         files = [node for node in dict.fromkeys(operands) if isinstance(node, FileNode)]
         keys: list[Key] = list(dict.fromkeys(node.key for node in files))
@@ -216,7 +224,7 @@ class _Run:
             raise
         if step.op.family != "view":
             self.executed.update(files)
-        self._settle(step, operands, inputs, value, keys, operation)
+        return self._settle(step, operands, inputs, value, keys)
 
     def _apply(self, step: OpNode, operands: Sequence[Node], inputs: list[Any]) -> Any:
         op, kwargs = step.op, dict(step.kwargs or {})
@@ -280,9 +288,8 @@ class _Run:
         inputs: list[Any],
         value: Any,
         keys: list[Key],
-        operation: Operation,
-    ) -> None:
-        """Keep the value of a step, and let go of what no later step uses."""
+    ) -> list[Key]:
+        """Keep the value of a step and let go of temporaries; the files that may go as well."""
         owner = owner_of(value)
         lenders = [
             node for node, data in zip(operands, inputs, strict=True) if owner_of(data) is owner
@@ -306,8 +313,7 @@ class _Run:
             self.left[node] -= 1
             if not self.left[node]:
                 self._drop(node, keys)
-        if keys:
-            operation.unpin(keys)
+        return keys
 
     def _drop(self, node: Node, keys: list[Key]) -> None:
         """Let go of a temporary; the files that are free now go to ``keys``."""

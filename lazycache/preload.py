@@ -6,7 +6,6 @@ import glob as _glob
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import Any, SupportsIndex
 
 from . import memory
@@ -98,12 +97,7 @@ class PreloadIterator:
     def __enter__(self) -> PreloadIterator:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -26,12 +26,14 @@ CORE = {
     str(Path(lazycache.__file__).parent / name)
     for name in (
         "_accounts.py",
+        "_closing.py",
         "_flight.py",
         "_ledger.py",
         "_operation.py",
         "_pool.py",
         "_preloading.py",
         "_records.py",
+        "_request.py",
         "_table.py",
         "_victims.py",
         "cache.py",
