@@ -125,6 +125,14 @@ class DataCache:
         table, scope = self._bind()
         table.section(lambda after: close_scope(table, scope, after))
 
+    def __del__(self) -> None:
+        # A table is part of reference cycles: without this, the data of a cache that was dropped
+        # without `close` would wait for the garbage collector. Not while a section runs: it may be
+        # this thread's.
+        table = getattr(self, "_table", None)
+        if table is not None and self._outer is None and not table.lock.locked():
+            self.close()
+
     def clear(self) -> None:
         """Drop everything that isn't in use, in this scope and in those inside it."""
         table, scope = self._bind()
@@ -228,14 +236,16 @@ class DataCache:
     # What proxies and plans use
 
     def lookup(self, key: Key) -> Any:
-        """The data of ``key`` if they are here (a hit), else None. Never reads."""
+        """The data of ``key`` if they are here (a hit), else None; `load` is sure. Never reads."""
         table = self._table
         scope = self._in
         if table is None or scope is None:
             return None
         with table.lock:
             entry = table.entries.get(key)
-            if entry is None or table.torn:
+            if entry is None or entry.spent or table.torn:
+                # Past its last planned use, it would stay the first victim: who asks for it anew
+                # pins it, which files it anew.
                 return None
             table.torn = True  # an interrupt may come while the ledger is being changed
             entry.scope.ledger.touch(key)

@@ -938,3 +938,32 @@ def test_loading_is_true_during_a_load_only(cache: DataCache) -> None:
     assert seen == [True]
     assert not cache.loading(key)
     assert cache.holds(key)
+
+
+def test_a_cache_that_is_dropped_gives_its_data_back_without_the_garbage_collector() -> None:
+    gc.disable()
+    try:
+        cache = DataCache(6 * UNIT)
+        key = Made("a")
+        seen = weakref.ref(owner_of(cache.load(key)))
+        del cache
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_asked_for_after_its_last_planned_use_is_no_first_victim() -> None:
+    cache = DataCache(3 * UNIT)
+    keys = [Made(str(number)) for number in range(5)]
+    handles = [Handle(key) for key in keys]
+    with cache.operation("a plan", workspace=0, room=UNIT, order=keys[:2]) as operation:
+        for key in keys[:2]:
+            operation.pin([key])
+            operation.unpin([key])
+    cache.load(keys[2])
+    cache.load(keys[0])
+    cache.load(keys[3])
+    cache.load(keys[4])
+    assert [key.name for key in keys if cache.holds(key)] == ["0", "3", "4"]
+    assert keys[0].loads == 1
+    assert handles

@@ -483,3 +483,17 @@ def test_the_data_of_a_file_that_is_gone_still_serve(proxy, file, array):
     proxy.data
     os.remove(file)
     assert np.array_equal(proxy.data, array)
+
+
+def test_data_that_are_in_memory_are_had_without_an_operation(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", np.arange(4))
+    with DataCache(1 << 20) as cache:
+        proxy = LazyReadData(tmp_path / "a.npy")
+        total = proxy + proxy
+        assert total.data[3] == 6
+        first = proxy.data
+        before = cache.stats().hits
+        monkeypatch.setattr(DataCache, "operation", None)
+        assert proxy.data is first
+        assert total.data[3] == 6
+        assert cache.stats().hits == before + 1
