@@ -21,6 +21,7 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.read_speed
 	$(BIN)/python -m benchmarks.hit_cost
 	$(BIN)/python -m benchmarks.mean
+	$(BIN)/python -m benchmarks.threads
 
 $(VENV)/dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

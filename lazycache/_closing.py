@@ -5,10 +5,10 @@ from __future__ import annotations
 import heapq
 from typing import TYPE_CHECKING
 
-from ._records import KINDS, Scope
+from ._records import KINDS, After, Scope
 
 if TYPE_CHECKING:
-    from ._table import After, Table
+    from ._table import Table
 
 
 def close_scope(table: Table, scope: Scope, after: After) -> None:

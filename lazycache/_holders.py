@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._records import Charge, Scope
+from ._records import After, Charge, Scope
 from .sizes import format_size
 from .stats import Event, Holder, Reason
 
 if TYPE_CHECKING:
-    from ._table import After, Table
+    from ._table import Table
 
 
 def count_overcommit(table: Table, scope: Scope, label: str, need: int, after: After) -> None:

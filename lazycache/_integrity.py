@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from ._closing import finish_closing
 from ._flight import AbandonedError
 from ._ledger import Ledger
-from ._records import KINDS, Charge, Entry
+from ._records import KINDS, After, Charge, Entry
 
 if TYPE_CHECKING:
-    from ._table import After, Table
+    from ._table import Table
 
 
 def after_fork(table: Table) -> None:

@@ -21,9 +21,9 @@ import numpy as np
 from . import _buffers
 from ._flight import AbandonedError, Flight, Joiner, error_for_another
 from ._ledger import Schedule
-from ._records import Scope, Stream, Use, UseRef
+from ._records import After, Scope, Stream, Use, UseRef
 from ._request import Request, Verdict, insist, obtain
-from ._table import After, Table
+from ._table import Table
 from ._victims import add_result, shrink
 from .errors import CacheClosedError, LoadCycleError
 from .sizes import nbytes_of

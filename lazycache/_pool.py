@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import _buffers, memory
 from ._flight import AbandonedError, Flight, Joiner, name_file
 from ._ledger import IDLE
-from ._records import Entry, Scope, Stream, Use
+from ._records import After, Entry, Scope, Stream, Use
 from ._victims import make_room, shrink
 from .readers.base import LoadCancelled, cancellable
 from .sizes import format_size, nbytes_of
@@ -24,7 +24,7 @@ from .source import Key
 from .stats import Event
 
 if TYPE_CHECKING:
-    from ._table import After, Table
+    from ._table import Table
 
 log = logging.getLogger("lazycache")
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from ._ledger import Schedule
-from ._records import Scope, Stream, StreamRef
-from ._table import After, Table
+from ._records import After, Scope, Stream, StreamRef
+from ._table import Table
 from .source import Key
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 import queue
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal
@@ -313,3 +314,17 @@ class Garbage:
 
     def dying(self, level: Scope) -> int:
         return sum(nbytes for scope, nbytes in self.bytes if level in scope.chain)
+
+
+class After:
+    """What a locked section leaves to be done once the lock is free."""
+
+    __slots__ = ("events", "garbage", "messages", "shrinking", "warnings")
+
+    def __init__(self) -> None:
+        self.garbage = Garbage(threading.get_ident())
+        self.events: list[tuple[Scope, Event]] = []
+        self.messages: list[str] = []  # for the log alone
+        # Who may still be over a budget when the garbage is gone, and why; see `shrink`.
+        self.shrinking: list[tuple[Scope, str | None]] = []
+        self.warnings: list[str] = []

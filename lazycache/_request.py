@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from ._holders import count_overcommit, largest
-from ._records import Scope, Waiter
-from ._table import After, Table
+from ._records import After, Scope, Waiter
+from ._table import Table
 from ._victims import drop_results, evictable, make_room
 from .errors import BudgetExceededError
 from .sizes import format_size

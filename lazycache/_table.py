@@ -30,6 +30,7 @@ from ._integrity import repair
 from ._ledger import Schedule, Tier
 from ._pool import Pool
 from ._records import (
+    After,
     Entry,
     Garbage,
     Ghost,
@@ -51,20 +52,6 @@ from .stats import Event
 log = logging.getLogger("lazycache")
 
 R = TypeVar("R", bound=Ref)
-
-
-class After:
-    """What a locked section leaves to be done once the lock is free."""
-
-    __slots__ = ("events", "garbage", "messages", "shrinking", "warnings")
-
-    def __init__(self) -> None:
-        self.garbage = Garbage(threading.get_ident())
-        self.events: list[tuple[Scope, Event]] = []
-        self.messages: list[str] = []  # for the log alone
-        # Who may still be over a budget when the garbage is gone, and why; see `shrink`.
-        self.shrinking: list[tuple[Scope, str | None]] = []
-        self.warnings: list[str] = []
 
 
 class Table:

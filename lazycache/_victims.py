@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from ._holders import count_overcommit
 from ._ledger import TIERS, Tier
-from ._records import Scope
+from ._records import After, Scope
 from .source import Key, Result
 from .stats import Event
 
 if TYPE_CHECKING:
-    from ._table import After, Table
+    from ._table import Table
 
 
 def evictable(level: Scope) -> int:

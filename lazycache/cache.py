@@ -25,8 +25,8 @@ from ._holders import holders
 from ._integrity import after_fork, check
 from ._operation import Operation
 from ._preloading import Preloading
-from ._records import Scope
-from ._table import After, Table
+from ._records import After, Scope
+from ._table import Table
 from ._victims import drop_results, shrink
 from .errors import CacheClosedError, FileChangedWarning
 from .sizes import format_size, nbytes_of
@@ -115,6 +115,7 @@ class DataCache:
 
     @property
     def closed(self) -> bool:
+        """Whether `close` was called, or the ``with`` block was left."""
         return self._in is not None and self._in.closed
 
     def close(self) -> None:
