@@ -30,7 +30,7 @@ from ._table import Table
 from ._victims import drop_results, shrink
 from .errors import CacheClosedError, FileChangedWarning
 from .sizes import format_size, nbytes_of
-from .source import FileKey, Handle, Key
+from .source import FileKey, Handle, Key, keys_of
 from .stats import COUNTERS, CacheStats, Event, Holder
 
 Budget = int | float | str
@@ -310,15 +310,7 @@ class DataCache:
         Warns of each changed file with `FileChangedWarning`.
         """
         changed = [key for key in keys if isinstance(key, FileKey) and key.refresh()]
-        if not changed:
-            return
-        for table in list(_tables):
-
-            def work(after: After, table: Table = table) -> None:
-                for key in changed:
-                    table.forget(key, after, "invalidate")
-
-            table.section(work)
+        _invalidate(changed)
         for key in changed:
             warn(
                 f"{key.name} changed since it was last read: its old data are dropped",
@@ -359,6 +351,21 @@ class DataCache:
         """Assert every invariant of the cache; for tests."""
         table, _ = self._bind()
         check(table)
+
+
+def _invalidate(keys: list[FileKey]) -> None:
+    for table in list(_tables) if keys else []:
+
+        def work(after: After, table: Table = table) -> None:
+            for key in keys:
+                table.forget(key, after, "invalidate")
+
+        table.section(work)
+
+
+def forget_file(path: str | os.PathLike[str]) -> None:
+    """Drop what is cached of a file that was just written: nobody has to be warned of that."""
+    _invalidate([key for key in keys_of(path) if key.refresh()])
 
 
 def _open_scope() -> DataCache | None:

@@ -66,6 +66,8 @@ def prepare(roots: Sequence[Node], cache: DataCache) -> Outline:
     files = [node for node in nodes if isinstance(node, FileNode)]
     wholes = [node.whole for node in files if node.whole is not None]
     cache.verify(dict.fromkeys(node.key for node in [*files, *wholes]))
+    for node in files:
+        node.looked = True
     probe_all(files)
     check_unchanged(node for node in nodes if not available(node))
     return Outline(roots, cache.holds)

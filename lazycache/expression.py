@@ -102,7 +102,7 @@ class FileNode(Node):
     already. ``expected`` is the fingerprint that the files had where this node was pickled.
     """
 
-    __slots__ = ("expected", "handle", "index", "key", "reader", "whole")
+    __slots__ = ("expected", "handle", "index", "key", "looked", "reader", "whole")
 
     def __init__(
         self,
@@ -119,6 +119,8 @@ class FileNode(Node):
         self.whole = whole
         self.index = index
         self.expected = expected
+        # Whether the files were looked at since: what is cached may be older than this node.
+        self.looked = False
 
 
 class ValueNode(Node):

@@ -11,6 +11,7 @@ NumPy's types: 16-bit integers don't wrap around. Over one proxy they work along
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -73,7 +74,8 @@ def _over(
         one = images if isinstance(images, ArrayLike) else LazyReadData(images)
         return express(ops.reduction(name), (one,), axis=axis, **kwargs)  # type: ignore[no-any-return]
     # A list is not asked for its iterator: that of a PreloadList would begin to load.
-    items = list.copy(images) if isinstance(images, list) else list(images)
+    given = list.copy(images) if isinstance(images, list) else list(images)
+    items = [LazyReadData(item) if isinstance(item, str | os.PathLike) else item for item in given]
     if not items:
         raise ValueError(f"{name} of an empty list: no image was given")
     if axis not in (None, 0):

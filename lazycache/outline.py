@@ -16,7 +16,13 @@ from typing import Any
 
 from . import operations as ops
 from ._frames import warn
-from .errors import FileChangedError, FileChangedWarning, ReadError, ShapeMismatchError
+from .errors import (
+    FileChangedError,
+    FileChangedWarning,
+    GridMismatchError,
+    ReadError,
+    ShapeMismatchError,
+)
 from .expression import (
     FileNode,
     Info,
@@ -195,10 +201,19 @@ class Outline:
                 found.append(item)
 
     def _report(self) -> None:
-        if self._misshapen:
-            raise ShapeMismatchError(f"shapes don't go together: {listed(self._misshapen)}")
+        grids: GridMismatchError | None = None
         for mode, items in self._misplaced.items():
-            check_grids(items, mode)  # type: ignore[arg-type]
+            try:
+                check_grids(items, mode)  # type: ignore[arg-type]
+            except GridMismatchError as error:
+                grids = error
+        if self._misshapen:
+            more = "" if grids is None else f". Besides, {grids}"
+            raise ShapeMismatchError(
+                f"shapes don't go together: {listed(self._misshapen)}{more}"
+            ) from grids
+        if grids is not None:
+            raise grids
 
 
 def file_info(key: FileKey) -> Info:

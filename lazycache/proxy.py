@@ -82,6 +82,8 @@ class LazyReadData(ArrayLike):
     ) -> None:
         if grid not in _GRID_MODES:
             raise ValueError(f'grid={grid!r} is not known: write "error", "warn" or "ignore"')
+        if data_or_filename is None:
+            raise TypeError("None is no data: give a path, an image, an array or a proxy")
         self._cache = cache
         self._grid: GridMode = grid
         self._made_in = _scope_here()
@@ -126,7 +128,7 @@ class LazyReadData(ArrayLike):
         Raises what reading and computing raise; the next access tries again.
         """
         node = self._node
-        if type(node) is FileNode:
+        if type(node) is FileNode and node.looked:
             value = self._use().lookup(node.key)
             if value is not None:
                 return value
@@ -252,10 +254,10 @@ class LazyReadData(ArrayLike):
 
     @property
     def header(self) -> Any:
-        """The header of the file, or of the first operand that has one."""
+        """A copy of the header of the file, or of the first operand that has one."""
         info = self._info()
         own = None if info.header is not None or info.layout is not None else self.data
-        return info.header if own is None else getattr(own, "header", None)
+        return copy.deepcopy(info.header if own is None else getattr(own, "header", None))
 
     def _told(self, name: str) -> Any:
         layout = self._info().layout
@@ -264,6 +266,9 @@ class LazyReadData(ArrayLike):
     def _info(self) -> Info:
         node = self._node
         if isinstance(node, FileNode):
+            if not node.looked:
+                self._use().verify([node.key])
+                node.looked = True
             return file_info(node.key)
         if isinstance(node, ValueNode):
             return Info(layout_of(node.value), node.affine, node.header, node.name)
@@ -282,6 +287,8 @@ class LazyReadData(ArrayLike):
         """
         inputs = [node.key.path for node in files_under([self._node])]
         writing.check_output(path, inputs)
+        if isinstance(self._node, FileNode):
+            self._node.looked = False
         data = self.data
         if not isinstance(data, np.ndarray | np.generic):
             raise TypeError(f"{self!r} is no array: only arrays can be saved as an image")
@@ -289,6 +296,7 @@ class LazyReadData(ArrayLike):
         writing.write_image(
             path, data, affine=info.affine, header=info.header, dtype=dtype, inputs=inputs
         )
+        caches.forget_file(path)
 
     def to_nibabel(self) -> Any:
         """A nibabel image over this proxy: it loads, and gives a copy, whenever data are asked."""

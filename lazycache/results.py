@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from . import execute, writing
+from .cache import forget_file
 from .errors import WriteError
 from .expression import files_under
 from .proxy import LazyReadData
@@ -60,6 +61,7 @@ def save_all(
             raise TypeError(f"{item!r} is no array: only arrays can be saved as an image")
         affine, header = getattr(item, "affine", None), getattr(item, "header", None)
         writing.write_image(path, value, affine=affine, header=header, dtype=dtype, inputs=inputs)
+        forget_file(path)
 
 
 def _nodes(items: Any) -> list[Any]:

@@ -182,6 +182,12 @@ class FileKey(Key):
         self._known = None
         return True
 
+    def comes_from(self, path: str) -> bool:
+        """Whether the file at the absolute ``path`` is one of those that were probed."""
+        known = self._known
+        files = () if known is None else known.fingerprint
+        return path == self.path or any(path == file for file, *_ in files)
+
     def load(self) -> Any:
         """The data, read-only where its type allows it.
 
@@ -323,6 +329,13 @@ def file_key(
         if key is None:
             key = _keys[recipe] = FileKey(path, resolved, options or {}, wanted, part)
     return key
+
+
+def keys_of(path: str | os.PathLike[str]) -> list[FileKey]:
+    """The keys in use whose data come, or may come, from the file at ``path``."""
+    place = os.path.abspath(os.fspath(path))
+    with _keys_lock:
+        return [key for key in _keys.values() if key.comes_from(place)]
 
 
 class _ById:

@@ -626,3 +626,31 @@ class TestProcess:
         monkeypatch.chdir(tmp_path)
         out, err = start(PLAIN, "eval", "I1.max()", "s1.nii.gz").communicate(timeout=60)
         assert (out, err.count("\n")) == (f"{volumes[0].max()}\n", 1)
+
+
+@pytest.mark.parametrize("name", ["LAZYCACHE_THREADS", "LAZYCACHE_STRICT", "LAZYCACHE_BUDGET"])
+def test_a_bad_value_in_the_environment_is_told(
+    run: Run, volumes: Any, monkeypatch: Any, name: str
+) -> None:
+    monkeypatch.setenv(name, "maybe")
+    status, out, err = run("eval", "I1 + 1", "s1.nii.gz", "-o", "o.nii")
+    assert (status, out) == (2, "")
+    assert "maybe" in err
+    assert not Path("o.nii").exists()
+
+
+def test_a_strict_environment_makes_the_command_strict(
+    run: Run, volumes: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("LAZYCACHE_STRICT", "1")
+    status, _, err = run("eval", "I1 + 1", "s1.nii.gz", "-o", "o.nii", "--budget", "1kB")
+    assert status == 1
+    assert err.startswith("lazycache: error: ")
+    assert not Path("o.nii").exists()
+
+
+@pytest.mark.parametrize("formula", ["-I1", "-(I1 + 1)", "--I1", "-image[1]"])
+def test_a_formula_may_begin_with_a_minus(
+    run: Run, volumes: list[NDArray[Any]], formula: str
+) -> None:
+    assert run("eval", formula, "s1.nii.gz", "-o", "o.nii", "-q").status == 0

@@ -218,3 +218,9 @@ def test_where_and_clip_are_expressions():
     assert np.array_equal(chosen.data, np.where(array > 2, array, 0))
     assert np.array_equal(lc.clip(proxy, 1, 4).data, array.clip(1, 4))
     assert np.array_equal(lc.round(proxy / 3, 1).data, (array / 3).round(1))
+
+
+def test_paths_are_taken_for_proxies(tmp_path):
+    for value in (1, 3):
+        np.save(tmp_path / f"{value}.npy", np.full(4, value))
+    assert lc.mean(sorted(tmp_path.glob("*.npy"))).data.tolist() == [2.0] * 4

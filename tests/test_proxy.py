@@ -497,3 +497,53 @@ def test_data_that_are_in_memory_are_had_without_an_operation(tmp_path, monkeypa
         assert proxy.data is first
         assert total.data[3] == 6
         assert cache.stats().hits == before + 1
+
+
+def test_a_new_proxy_sees_that_its_file_was_written_anew(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros(5))
+    with DataCache(1 << 20):
+        old = LazyReadData(path)
+        assert old.data.sum() == 0
+        np.save(path, np.ones(6))
+        new = LazyReadData(path)
+        with pytest.warns(FileChangedWarning, match=r"a\.npy"):
+            assert new.shape == (6,)
+        assert new.data.sum() == 6
+        assert LazyReadData(path).data.sum() == 6
+
+
+def test_saving_a_plain_file_looks_at_it_again(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros(5))
+    with DataCache(1 << 20):
+        proxy = LazyReadData(path)
+        assert proxy.data.sum() == 0
+        np.save(path, np.ones(6))
+        with pytest.warns(FileChangedWarning):
+            proxy.save(tmp_path / "b.npy")
+        assert np.load(tmp_path / "b.npy").sum() == 6
+
+
+def test_what_we_write_ourselves_is_no_surprise(tmp_path):
+    out = tmp_path / "out.npy"
+    with DataCache(1 << 20):
+        for value in range(3):
+            np.save(tmp_path / f"{value}.npy", np.full(4, value))
+            (LazyReadData(tmp_path / f"{value}.npy") + 0).save(out)
+            assert LazyReadData(out).data.sum() == 4 * value
+
+
+def test_a_header_is_a_copy_that_may_be_changed(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    path = tmp_path / "a.nii"
+    image = nibabel.Nifti1Image(np.zeros((2, 3, 4, 5), np.int16), np.eye(4))
+    image.header["pixdim"][4] = 1.5
+    nibabel.save(image, path)
+    LazyReadData(path).header["pixdim"][4] = 99
+    assert LazyReadData(path).header["pixdim"][4] == 1.5
+
+
+def test_none_is_no_data():
+    with pytest.raises(TypeError, match="None is no data"):
+        LazyReadData(None)

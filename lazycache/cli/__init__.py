@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
+from lazycache import memory
 from lazycache.errors import FormulaError, SizeError
 
 from .terminal import UsageError, complain, one_line
@@ -61,6 +63,9 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+_NEGATED = re.compile(r"-+\s*(I\d|images?\b|np\.|\(|\d)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (those of the process by default): its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -99,8 +104,10 @@ def _run(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(inner)
-    # Intermixed: images may stand before, between and after the options.
-    options = inner.parse_intermixed_args(chosen.rest)
+    # Intermixed: images may stand before, between and after the options. argparse takes what has
+    # a space for no option: a formula may begin with a minus.
+    rest = [f" {text}" if _NEGATED.match(text) else text for text in chosen.rest]
+    options = inner.parse_intermixed_args(rest)
     with _logging(getattr(options, "verbose", 0)), _one_line_warnings(), _threads(options):
         try:
             status = run(options)
@@ -153,6 +160,7 @@ def _threads(options: argparse.Namespace) -> Iterator[None]:
     """Hand ``--threads`` on as the environment variable that decides, and take it back."""
     name, wanted = "LAZYCACHE_THREADS", getattr(options, "threads", None)
     if wanted is None:
+        memory.usable_cpus()  # a bad number in the environment is told now
         yield
         return
     before = os.environ.get(name)

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     known = {os.path.abspath(path) for path in inputs.paths()}
     read: set[str] = set()
     bar = progress(len(known), shown=not (options.quiet or options.verbose))
-    with closing(DataCache(budget)) as cache:
+    with closing(DataCache(budget, strict=config.strict())) as cache:
         with bar as step:
 
             def watch(event: Event) -> None:

@@ -111,7 +111,8 @@ class _Image:
 
 def check(options: argparse.Namespace) -> int:
     paths = expand_lists(options.images)
-    cache = DataCache(config.budget() if options.budget is None else options.budget)
+    budget = config.budget() if options.budget is None else options.budget
+    cache = DataCache(budget, strict=config.strict())
     images: list[_Image] = []
     damaged: list[str] = []
     holes: list[str] = []

@@ -27,6 +27,9 @@ def is_surface(path: str) -> bool:
     return path.lower().endswith((".gii", ".gii.gz", ".gii.bz2"))
 
 
+_OBJECTS = 64 << 10
+
+
 def probe(path: str) -> Probe:
     nbytes, text, external = _sizes(path)
     folder = os.path.dirname(path)
@@ -35,8 +38,9 @@ def probe(path: str) -> Probe:
         shape=None,
         dtype=None,
         nbytes=nbytes,
-        # The parser holds the text of an array, and what it decompressed, beside the array.
-        peak_nbytes=2 * nbytes + 2 * text,
+        # The parser holds the text of an array, and what it decompressed, beside the array; and
+        # an image of several objects takes some memory even where its arrays are small.
+        peak_nbytes=2 * nbytes + 2 * text + _OBJECTS,
         files=(path, *(os.path.join(folder, name) for name in external)),
     )
 
