@@ -16,6 +16,7 @@ from typing import Any
 
 from . import operations as ops
 from ._frames import warn
+from ._parts import sliced_affine
 from .errors import (
     FileChangedError,
     FileChangedWarning,
@@ -35,7 +36,7 @@ from .expression import (
 )
 from .grid import aligned_shapes, check_grids, listed, same_grid, says_place
 from .layout import Layout, dense, hashable, infer, layout_of
-from .source import FileKey, Key, sliced_affine
+from .source import FileKey, Key
 
 _PROBING_THREADS = 8
 

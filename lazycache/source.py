@@ -19,14 +19,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from . import _buffers
+from ._parts import forward, index_text, normalise, sliced_affine
 from .errors import FileChangedError, ReadError
 from .readers import Reader, as_reader, reader_for
 from .readers.base import Probe
 
-Index = tuple[int | slice, ...]
 Fingerprint = tuple[tuple[str, int, int, int], ...]
 
 
@@ -146,7 +146,7 @@ class FileKey(Key):
         dtype: np.dtype[Any] | None,
         part: tuple[Any, ...] | None,
     ) -> None:
-        super().__init__(path if part is None else f"{path}[{_index_text(part)}]")
+        super().__init__(path if part is None else f"{path}[{index_text(part)}]")
         self.path = path
         self.reader = reader
         self.options = MappingProxyType(dict(options))
@@ -220,13 +220,13 @@ class FileKey(Key):
         if self.part is None:
             value = reader.read(self.path, **options)
         else:
-            index = _normalise(self.part, self._whole_shape())
-            forward, flips = _forward(index)
+            index = normalise(self.part, self._whole_shape())
+            taken, flips = forward(index)
             read_part = getattr(reader, "read_part", None)
             if read_part is not None:
-                value = read_part(self.path, forward, **options)
+                value = read_part(self.path, taken, **options)
             else:
-                value = np.asarray(reader.read(self.path, **options))[forward].copy(order="K")
+                value = np.asarray(reader.read(self.path, **options))[taken].copy(order="K")
             if flips:
                 value = value[flips]
         if self.dtype is not None and getattr(value, "dtype", self.dtype) != self.dtype:
@@ -260,7 +260,7 @@ class FileKey(Key):
         transient = max(0, probe.peak_nbytes - probe.nbytes)
         whole = probe.nbytes
         if self.part is not None:
-            index = _normalise(self.part, shape)
+            index = normalise(self.part, shape)
             affine = sliced_affine(affine, index, shape)
             shape = np.broadcast_to(np.empty(()), shape)[index].shape
         nbytes = math.prod(shape) * dtype.itemsize
@@ -381,82 +381,3 @@ def _same_files(fingerprint: Fingerprint) -> bool:
         return _fingerprint(tuple(file for file, *_ in fingerprint)) == fingerprint
     except OSError:
         return False
-
-
-def _normalise(part: tuple[Any, ...], shape: tuple[int, ...]) -> Index:
-    """``part`` with its Ellipsis spelled out: one int or slice for each axis of ``shape``."""
-    given = sum(item is not Ellipsis for item in part)
-    if given > len(shape):
-        raise IndexError(f"{given} indices for an image of {len(shape)} axes, shape {shape}")
-    fill = (slice(None),) * (len(shape) - given)
-    at = next((i for i, item in enumerate(part) if item is Ellipsis), len(part))
-    index: list[int | slice] = []
-    for axis, item in enumerate((*part[:at], *fill, *part[at + 1 :])):
-        if isinstance(item, slice):
-            index.append(item)
-            continue
-        position = int(item)
-        if not -shape[axis] <= position < shape[axis]:
-            raise IndexError(f"index {position} is outside axis {axis} of an image {shape}")
-        index.append(position % shape[axis])
-    return tuple(
-        item if isinstance(item, int) else slice(*_bounds(item, size))
-        for item, size in zip(index, shape, strict=True)
-    )
-
-
-def _bounds(item: slice, size: int) -> tuple[int, int | None, int]:
-    start, stop, step = item.indices(size)
-    # Downwards to the first voxel, indices() says -1, which a slice takes for the last one.
-    return start, (None if stop < 0 else stop), step
-
-
-def _forward(index: Index) -> tuple[Index, Index]:
-    """``index`` with positive steps only, and the flips that make its result the same."""
-    forward: list[int | slice] = []
-    flips: list[slice] = []
-    for item in index:
-        if isinstance(item, int):
-            forward.append(item)
-            continue
-        step = item.step or 1
-        if step > 0:
-            forward.append(item)
-            flips.append(slice(None))
-            continue
-        taken = range(item.start, -1 if item.stop is None else item.stop, step)
-        forward.append(slice(taken[-1], taken[0] + 1, -step) if taken else slice(0, 0, 1))
-        flips.append(slice(None, None, -1))
-    if all(flip.step is None for flip in flips):
-        return tuple(forward), ()
-    return tuple(forward), tuple(flips)
-
-
-def sliced_affine(
-    affine: NDArray[np.float64] | None, index: tuple[Any, ...], shape: tuple[int, ...]
-) -> NDArray[np.float64] | None:
-    """The affine of ``image[index]``; None when an axis of space is gone or was never there."""
-    if affine is None:
-        return None
-    full = _normalise(index, shape)
-    steps = np.eye(4)
-    for axis, item in enumerate(full[:3]):
-        if isinstance(item, int):
-            return None
-        start, _, step = item.indices(shape[axis])
-        steps[axis, axis] = step
-        steps[axis, 3] = start
-    return np.asarray(affine @ steps, dtype=np.float64)
-
-
-def _index_text(part: tuple[Any, ...]) -> str:
-    return ", ".join(_item_text(item) for item in part)
-
-
-def _item_text(item: Any) -> str:
-    if item is Ellipsis:
-        return "..."
-    if not isinstance(item, slice):
-        return str(item)
-    ends = ["" if end is None else str(end) for end in (item.start, item.stop)]
-    return ":".join(ends if item.step is None else [*ends, str(item.step)])
