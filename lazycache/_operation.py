@@ -277,14 +277,16 @@ class Operation:
 
         def work(after: After) -> None:
             workspace = use.workspace
+            reserved = 0 if workspace is None else workspace.nbytes
             if workspace is not None:
-                left = max(0, workspace.nbytes - nbytes)
-                table.accounts.recharge(workspace, nbytes=left)
+                table.accounts.recharge(workspace, nbytes=max(0, reserved - nbytes))
             table.accounts.hold(value, nbytes, use.scope, result.name, "result")
             result.value = value
             if cost != float("inf") and nbytes:
                 add_result(table, result, nbytes, cost, use.scope)
-            shrink(table, use.scope, after, use.label)
+            # What came out of the workspace takes nothing more: if the budget is exceeded all the
+            # same, it has shrunk since.
+            shrink(table, use.scope, after, use.label if nbytes > reserved else None)
 
         table.section(work)
         return value

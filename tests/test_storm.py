@@ -11,13 +11,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from support import UNIT, Made, Running, preload_threads, table_of
+from support import SOON, UNIT, Made, Running, preload_threads, table_of
 
 from lazycache.cache import DataCache
 from lazycache.errors import CacheClosedError
 from lazycache.source import Handle, Result
+from lazycache.stats import CacheStats
 
-SECONDS = 4.0
+SECONDS = 3.0
 THREADS = 8
 KEYS = 50
 
@@ -44,7 +45,8 @@ def fast_switching() -> Iterator[None]:
 
 
 class Storm:
-    def __init__(self) -> None:
+    def __init__(self, budgets: list[int]) -> None:
+        self.budgets = budgets
         self.cache = DataCache(6 * UNIT)
         self.keys = [
             Made(str(i), UNIT, fill=i, during=fail if i % 17 == 16 else None) for i in range(KEYS)
@@ -122,7 +124,7 @@ class Storm:
         if what < 0.3:
             cache.clear()
         elif what < 0.6:
-            cache.budget = dice.choice([6, 7, 8]) * UNIT
+            cache.budget = dice.choice(self.budgets) * UNIT
         elif what < 0.8:
             cache.release(dice.choice(self.keys))
         else:
@@ -138,7 +140,22 @@ class Storm:
 def test_a_storm_of_threads_never_exceeds_a_budget_in_which_the_largest_need_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    storm = Storm()
+    stats = rage(Storm([6]), monkeypatch)
+    assert stats.overcommits == 0
+    assert stats.peak_bytes <= 6 * UNIT
+
+
+# What was admitted to a larger budget may not fit the smaller one: that is no fault.
+@pytest.mark.filterwarnings("ignore::lazycache.errors.BudgetExceededWarning")
+@pytest.mark.usefixtures("fast_switching")
+def test_a_storm_goes_on_while_the_budget_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = rage(Storm([6, 8, 20]), monkeypatch)
+    assert stats.overcommits <= stats.misses // 100
+    assert stats.peak_bytes <= 24 * UNIT
+
+
+def rage(storm: Storm, monkeypatch: pytest.MonkeyPatch) -> CacheStats:
+    """Run a storm and look at what it left."""
     # Scopes in threads are opened inside this cache.
     monkeypatch.setattr("lazycache.cache.get_cache", lambda: storm.cache)
     threads = [Running(storm.run, seed) for seed in range(THREADS)]
@@ -148,11 +165,11 @@ def test_a_storm_of_threads_never_exceeds_a_budget_in_which_the_largest_need_fit
     table.pool.join_threads(10)
     cache.check()
     stats = cache.stats()
-    assert stats.overcommits == 0
-    assert stats.peak_bytes <= 8 * UNIT
     assert not table.uses
     assert not table.flights
     assert not table.schedules
+    for thread in preload_threads():
+        thread.join(SOON)
     assert not preload_threads()
     cache.clear()
     assert cache.used == 0
@@ -160,7 +177,7 @@ def test_a_storm_of_threads_never_exceeds_a_budget_in_which_the_largest_need_fit
     assert stats.evictions > 500
     assert stats.hits > 100
     assert stats.waits > 20
-    assert stats.preloads > 0
     assert stats.load_failures > 20
     assert stats.misses > stats.loads - stats.preloads  # some joined the loads of others
     assert min(storm.done[act] for act in ("ask", "work", "loop", "scope", "tidy")) >= 10
+    return stats
