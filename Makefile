@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test lint demo bench clean
+.PHONY: test stress lint demo bench clean
 
 test: lint
 	$(BIN)/python -m pytest
+
+stress: $(VENV)/dev
+	$(BIN)/python -m pytest tests/test_storm.py tests/test_storm_public.py \
+		--storm-seconds 60 --timeout 600
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

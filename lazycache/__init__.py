@@ -10,6 +10,7 @@ from .cache import DataCache, get_cache, set_budget
 from .errors import (
     BudgetExceededError,
     BudgetExceededWarning,
+    CacheBusyError,
     CacheClosedError,
     FileChangedError,
     FileChangedWarning,
@@ -78,6 +79,7 @@ load = LazyReadData
 __all__ = [
     "BudgetExceededError",
     "BudgetExceededWarning",
+    "CacheBusyError",
     "CacheClosedError",
     "CacheStats",
     "DataCache",

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 from . import _buffers
-from ._records import KINDS, Charge, Kind, Owner, OwnerRef, Scope
+from ._records import KINDS, Charge, Kind, Owner, Ref, Scope
 from .stats import Reason
 
 
 class Accounts:
     """The charges of a tree of scopes; ``watch`` is the method of its table."""
 
-    def __init__(self, watch: Callable[[type[OwnerRef], Any], OwnerRef]) -> None:
+    def __init__(self, watch: Callable[[Owner, Any], Ref]) -> None:
         self._watch = watch
         self.charges: set[Charge] = set()
         self.owners: dict[int, Owner] = {}
@@ -67,10 +67,9 @@ class Accounts:
             return known
         owner = Owner(self.charge(scope, nbytes, kind, name), ident)
         try:
-            owner.ref = self._watch(OwnerRef, holder)
+            owner.ref = self._watch(owner, holder)
         except TypeError:
             return owner
-        owner.ref.owner = owner
         self.owners[ident] = owner
         return owner
 

@@ -1,9 +1,10 @@
 """Memory for arrays that goes back to the operating system as soon as nobody uses it.
 
-Arrays from `LARGE` up get a private anonymous mapping of their own, in huge pages where the
-kernel has them, so that dropping the last view unmaps it. Smaller ones come from the C allocator,
-which keeps freed blocks between survivors: `trim` asks it to give them back once `TRIM_AFTER`
-bytes have been freed.
+Arrays from `LARGE` up get a private anonymous mapping of their own, in huge pages where they fill
+some and the kernel has them, so that dropping the last view unmaps it. Smaller ones come from the C
+allocator, which keeps freed blocks between survivors: `trim` asks it to give them back once
+`TRIM_AFTER` bytes have been freed. It doesn't give back what is free at the end of the memory of a
+thread, so what threads load must mostly not come from it.
 
 A `Buffer` is written through `Buffer.writable` and handed out through `Buffer.readonly`, whose
 views can't be made writeable again (they are made over a read-only memoryview). What must be
@@ -16,6 +17,7 @@ import contextlib
 import ctypes
 import mmap
 import sys
+import traceback
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal
@@ -25,11 +27,13 @@ from numpy.typing import DTypeLike, NDArray
 
 Order = Literal["C", "F"]
 
-LARGE = 2 << 20
+LARGE = 256 << 10
 TRIM_AFTER = 16 << 20
 _HUGE_PAGE = 2 << 20
+_OURS = (__name__.partition(".")[0], "numpy", "nibabel")
 _PRIVATE = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
 _HUGE_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
+_SMALL_ADVICE = getattr(mmap, "MADV_NOHUGEPAGE", None)
 
 
 class Buffer:
@@ -60,16 +64,22 @@ class Buffer:
 
 
 def _map(nbytes: int) -> tuple[mmap.mmap, memoryview]:
-    # One huge page of address space too many, so that the start can be aligned; its pages are
-    # never touched and cost nothing. The tail stays in small pages: the resident size is exact.
-    mapping = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=_PRIVATE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-    offset = -address % _HUGE_PAGE
+    # One huge page of address space too many where huge pages are filled, so that the start can be
+    # aligned; its pages are never touched and cost nothing. The tail stays in small pages, where
+    # the kernel would give huge ones unasked as well: the resident size is exact.
     huge = nbytes - nbytes % _HUGE_PAGE
-    if _HUGE_ADVICE is not None and huge:
+    try:
+        mapping = mmap.mmap(-1, nbytes + _HUGE_PAGE if huge else nbytes, flags=_PRIVATE)
+    except OSError as error:
+        raise MemoryError(f"no memory for {nbytes} bytes") from error
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    offset = -address % _HUGE_PAGE if huge else 0
+    if _HUGE_ADVICE is not None and _SMALL_ADVICE is not None:
         # A kernel without transparent huge pages refuses the advice, and small pages do as well.
         with contextlib.suppress(OSError):
-            mapping.madvise(_HUGE_ADVICE, offset, huge)
+            mapping.madvise(_SMALL_ADVICE, offset + huge, len(mapping) - offset - huge)
+            if huge:
+                mapping.madvise(_HUGE_ADVICE, offset, huge)
     return mapping, memoryview(mapping)[offset : offset + nbytes]
 
 
@@ -94,15 +104,22 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike, order: Order = "C") -> NDArr
 
 
 def owner_of(value: Any) -> Any:
-    """The object whose death frees the memory of ``value``: its last base, or itself."""
+    """The object whose death frees the memory of ``value``: its last base, or itself.
+
+    Where that is of a type whose death nobody can be told of, such as ``bytearray``, it is the
+    array made over it: all views that NumPy makes of such an array keep it alive.
+    """
+    array: NDArray[Any] | None = None
     while True:
         base: Any
         if isinstance(value, np.ndarray):
             base = value.base
+            array = value
         elif isinstance(value, memoryview):
             base = value.obj
         else:
-            return value
+            known = array is None or type(value).__weakrefoffset__
+            return value if known else array
         if base is None:
             return value
         value = base
@@ -155,6 +172,30 @@ def recall(value: Any) -> Callable[[], Any] | None:
 
 def _address(array: NDArray[Any]) -> int:
     return int(array.__array_interface__["data"][0])
+
+
+def let_go(error: BaseException) -> None:
+    """Make ``error`` keep no array alive: empty the frames of this package that it came through.
+
+    Those of NumPy and nibabel too, which were called from here; not those of users, who may want
+    to look into them. Whoever keeps an error, as notebooks do with the last one, would keep what
+    was half read and half computed. Frames that still run are left as they are.
+    """
+    seen: set[int] = set()
+    errors: list[BaseException | None] = [error]
+    while errors:
+        current = errors.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        errors += [current.__cause__, current.__context__]
+        frames = [frame for frame, _ in traceback.walk_tb(current.__traceback__)]
+        # The innermost first, as when the error dies.
+        while frames:
+            frame = frames.pop()
+            if frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+                with contextlib.suppress(RuntimeError):
+                    frame.clear()
 
 
 def _find_trim() -> Callable[[int], int] | None:

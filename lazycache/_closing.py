@@ -50,8 +50,12 @@ def finish_closing(table: Table, scope: Scope, after: After) -> None:
         inner.chain = tuple(level for level in inner.chain if level is not scope)
     for child in scope.children:
         child.parent = parent
+    # Before it leaves the tree: who adds up the counters of a tree without the lock finds a closed
+    # scope in it, or another tree than before, and starts again.
+    if scope.counting:
+        scope.counting = False
+        parent.counters.add(scope.counters)
     # Last, because this is how an interrupted closing is found.
     parent.children = [c for c in parent.children if c is not scope] + scope.children
     scope.children = []
-    parent.counters.add(scope.counters)
     table.changed = True

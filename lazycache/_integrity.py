@@ -6,7 +6,6 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from ._closing import finish_closing
-from ._flight import AbandonedError
 from ._ledger import Ledger
 from ._records import KINDS, After, Charge, Entry
 
@@ -17,30 +16,36 @@ if TYPE_CHECKING:
 def after_fork(table: Table) -> None:
     """Make this table whole in a child process, where only the calling thread lives on.
 
-    What was loaded stays, what other threads were reading or doing is forgotten.
+    What was loaded stays, what other threads were reading or doing is forgotten. A section that
+    this thread is in, where a signal handler forked, goes on before.
     """
+    if not table.inside():
+        table.lock = threading.RLock()
+        table.torn = True  # by the section of another thread, perhaps
+    table.soon(lambda after: _forget_threads(table, after))
+
+
+def _forget_threads(table: Table, after: After) -> None:
     me = threading.get_ident()
-    table.lock = threading.Lock()
     table.pool.after_fork()
-    table.nested.clear()
-    table.fresh.clear()
-    table.blocked.clear()
-    table.garbage.clear()
-    table.torn = True
-    flights = list(table.flights.values())
-    table.flights = {flight.key: flight for flight in flights if flight.thread == me}
-    for flight in flights:
-        flight.joiners = [joiner for joiner in flight.joiners if joiner.thread == me]
+    for flight in list(table.flights.values()):
         if flight.thread != me:
-            for joiner in flight.joiners:
-                joiner.outcome.put(AbandonedError())
-    gone = [use for use in table.uses if use.thread != me and not use.pinned]
-
-    def work(after: After) -> None:
-        for use in gone:
+            flight.joiners = [joiner for joiner in flight.joiners if joiner.thread == me]
+            table.pool.abandon(flight)
+    for use in list(table.uses):
+        if use.thread != me and not use.pinned:
             table.end_use(use, after)
-
-    table.section(work)
+    for stream in table.streams:
+        stream.wanted.clear()  # until a loop goes on here: a child that doesn't reads nothing
+    table.blocked = {thread: awaited for thread, awaited in table.blocked.items() if thread == me}
+    table.garbage.clear()
+    for tickets in (table.nested, table.fresh):
+        for ref in list(tickets):
+            waiter = ref()
+            if waiter is None or waiter.thread != me:
+                tickets.remove(ref)
+            else:
+                waiter.wake.put(None)  # nobody else is left to do that
 
 
 def repair(table: Table, after: After) -> None:

@@ -12,6 +12,7 @@ step.
 from __future__ import annotations
 
 import contextvars
+import queue
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from . import _buffers
+from ._cycles import PATIENCE, is_alive, leads_to, waits_for
 from ._flight import AbandonedError, Flight, Joiner, error_for_another
 from ._ledger import Schedule
-from ._records import After, Scope, Stream, Use, UseRef
+from ._records import After, Entry, Scope, Stream, Use
 from ._request import Request, Verdict, insist, obtain
 from ._table import Table
 from ._victims import add_result, shrink
@@ -78,21 +80,21 @@ class Operation:
     def close(self) -> None:
         """Unpin everything and give the workspace back. Does nothing the second time."""
         table, use = self._table, self._use
-        table.section(lambda after: table.end_use(use, after))
+        table.soon(lambda after: table.end_use(use, after))
         if use.stream is not None:
             table.pool.join_threads(timeout=1.0)
 
     def _admit(self, wants: list[tuple[Key, int]], after: After) -> None:
         table, use = self._table, self._use
         use.workspace = table.accounts.charge(use.scope, self._workspace, "workspace", use.label)
-        ref = table.watch(UseRef, self)
-        ref.use = use
-        table.uses[use] = ref
+        table.uses[use] = table.watch(use, self)
         if self._order:
             use.schedule = Schedule(table.uses_clock, self._order)
             table.schedules.append(use.schedule)
             for key in dict.fromkeys(self._order):
-                entry = table.entries.get(key) or table.resurrect(key)
+                # What was evicted and is held outside is taken back when it is pinned: here it
+                # would lie idle, over the budget perhaps, once its holder lets go.
+                entry = table.entries.get(key)
                 if entry is not None and entry.pins == 0:
                     entry.spent = False
                     table.file(entry, after)
@@ -135,6 +137,7 @@ class Operation:
             if unknown:
                 # Their headers are read outside the lock.
                 peaks.update((key, key.estimate()[1]) for key in unknown)
+                table.pool.look_at_machine()
                 continue
             try:
                 if self._fly(joined):
@@ -171,11 +174,8 @@ class Operation:
         unknown.extend(key for key in missing if key not in peaks)
         verdict: Verdict = "granted"
         for flight in flying:
-            if _leads_to(table, flight, request.thread):
-                verdict = LoadCycleError(
-                    f"the reader of {flight.key.name} asks, directly or through another thread, "
-                    f"for the data that it is reading"
-                )
+            if leads_to(table, flight, request.thread):
+                verdict = _cycle_at(flight)
         if missing and not unknown and verdict == "granted":
             need = sum(peaks[key] for key in missing)
             verdict = obtain(table, request, need, 0, after)
@@ -187,6 +187,7 @@ class Operation:
         counters = use.scope.counters
         counters.hits += len(hits)
         counters.misses += len(flying) + len(missing)
+        counters.joins += len(flying)
         joined.extend((flight, table.pool.join(flight, use)) for flight in flying)
         for key in missing:
             flight = table.pool.open(key, peaks[key], use, None)
@@ -215,7 +216,7 @@ class Operation:
 
             def block(after: After, flight: Flight = flight, cycle: list[bool] = cycle) -> None:
                 if table.flights.get(flight.key) is flight:
-                    if _leads_to(table, flight, me):
+                    if leads_to(table, flight, me):
                         cycle.append(True)
                     else:
                         table.blocked[me] = flight
@@ -224,10 +225,8 @@ class Operation:
             if joiner.outcome.empty():
                 table.section(block)
             if cycle:
-                raise LoadCycleError(
-                    f"readers wait for each other in a circle, at {flight.key.name}"
-                )
-            outcome = joiner.outcome.get()
+                raise _cycle_at(flight)
+            outcome = self._outcome(flight, joiner)
             if isinstance(outcome, AbandonedError):
                 complete = False
             elif isinstance(outcome, Exception):
@@ -236,6 +235,21 @@ class Operation:
                 finally:
                     del outcome  # its traceback has this frame: a cycle that would keep all of it
         return complete
+
+    def _outcome(self, flight: Flight, joiner: Joiner) -> Entry | Exception:
+        """Wait for the end of a flight, unless it can't come."""
+        table, patience = self._table, PATIENCE
+        while True:
+            try:
+                return joiner.outcome.get(timeout=patience)
+            except queue.Empty:
+                reader = flight.thread
+            if reader is not None and waits_for(table, reader, joiner.thread):
+                raise _cycle_at(flight)
+            if reader is not None and not is_alive(reader):
+                # Not even settling went well, for want of memory.
+                table.section(lambda after: table.pool.abandon(flight))
+            patience = min(2 * patience, 10 * PATIENCE)
 
     def _let_go(self, hits: list[Key], joined: list[tuple[Flight, Joiner]]) -> None:
         """Undo a pin that did not come about."""
@@ -252,7 +266,7 @@ class Operation:
                 if key in use.counts:
                     table.unpin(use, key, after, used=False)
 
-        table.section(undo)
+        table.soon(undo)
 
     def unpin(self, keys: Iterable[Key]) -> None:
         """Let go of data that `pin` gave, once for each pin; their next planned use is over."""
@@ -262,7 +276,7 @@ class Operation:
             for key in dict.fromkeys(keys):
                 table.unpin(use, key, after)
 
-        table.section(work)
+        table.soon(work)
 
     def keep(self, result: Result, value: Any, cost: float) -> Any:
         """Make ``value`` the value of ``result``, charged until it dies, and return it read-only.
@@ -297,15 +311,8 @@ def _runs_here(table: Table) -> bool:
     return any(use.thread == me and not use.pinned for use in list(table.uses))
 
 
-def _leads_to(table: Table, flight: Flight, thread: int) -> bool:
-    """Whether who reads ``flight`` waits, through any number of flights, for ``thread``."""
-    seen: set[Flight] = set()
-    while flight not in seen:
-        seen.add(flight)
-        if flight.thread == thread:
-            return True
-        blocked = None if flight.thread is None else table.blocked.get(flight.thread)
-        if not isinstance(blocked, Flight):
-            return False
-        flight = blocked
-    return True
+def _cycle_at(flight: Flight) -> LoadCycleError:
+    return LoadCycleError(
+        f"the reader of {flight.key.name} asks, directly or through other readers and threads, for "
+        f"the data that it is reading"
+    )

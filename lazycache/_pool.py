@@ -14,12 +14,13 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from . import _buffers, memory
+from ._cycles import reading
 from ._flight import AbandonedError, Flight, Joiner, name_file
 from ._ledger import IDLE
 from ._records import After, Entry, Scope, Stream, Use
 from ._victims import make_room, shrink
 from .readers.base import LoadCancelled, cancellable
-from .sizes import format_size, nbytes_of
+from .sizes import format_size, memory_in, nbytes_of
 from .source import Key
 from .stats import Event
 
@@ -86,20 +87,29 @@ class Pool:
                 self.working.add(me)
                 taken.append(self._take(None))
 
-        self.table.section(begin)
-        while taken and (flight := taken.pop()) is not None:
+        try:
+            self.table.section(begin)
+            while taken and (flight := taken.pop()) is not None:
+                self._read_ahead(flight)
+                del flight
+                self.table.section(lambda after: taken.append(self._take(None)))
+        finally:
+            # By calls of C: the last section may have failed for want of memory.
+            self.working.discard(me)
+            self.threads.discard(me)
+
+    def _read_ahead(self, flight: Flight) -> None:
+        try:
             self.look_at_machine()
-            try:
-                if flight.context is None:
-                    self.read(flight)
-                else:
-                    flight.context.copy().run(self.read, flight)
-            except BaseException:
-                # Told to whoever joined; a pool thread has nobody else to tell.
-                log.debug("reading %s ended", flight.key.name, exc_info=True)
-            del flight
-            self.table.section(lambda after: taken.append(self._take(None)))
-        self.threads.discard(me)
+            if flight.context is None:
+                self.read(flight)
+            else:
+                flight.context.copy().run(self.read, flight)
+        except BaseException:
+            # Told to whoever joined; a pool thread has nobody else to tell.
+            log.debug("reading %s ended", flight.key.name, exc_info=True)
+            # It may be that settling failed, for want of memory.
+            self.table.section(lambda after: self.abandon(flight))
 
     def _take(self, wanted: Flight | None) -> Flight | None:
         """Make the calling thread the reader of ``wanted``, or of the next queued flight."""
@@ -128,7 +138,7 @@ class Pool:
 
         Called without the lock. A reader that can't be stopped is waited for ``timeout`` seconds.
         """
-        if self.queue:
+        if self.queue or self.table.inside():
             return
         deadline = self.table.clock() + timeout
         while (left := deadline - self.table.clock()) > 0:
@@ -169,26 +179,61 @@ class Pool:
         table, key = self.table, flight.key
         started = table.clock()
         try:
-            with cancellable(lambda: flight.cancelled):
-                value = key.load()
-                nbytes = nbytes_of(value)
-        except LoadCancelled:
-            table.section(lambda after: self._end(flight, AbandonedError()))
+            with reading(flight), cancellable(lambda: flight.cancelled):
+                value = self._load(flight)
+                nbytes, parts = nbytes_of(value), memory_in(value)
+        except LoadCancelled as error:
+            _buffers.let_go(error)
+            table.section(lambda after: self.abandon(flight))
         except Exception as error:
+            _buffers.let_go(error)
             name_file(error, key)
             failure = error
             table.section(lambda after: self._fail(flight, failure, after))
             del failure
-        except BaseException:
-            table.section(lambda after: self._end(flight, AbandonedError()))
+        except BaseException as error:
+            _buffers.let_go(error)
+            table.section(lambda after: self._interrupted(flight))
             raise
         else:
             seconds = table.clock() - started
             box = [value]
             del value
-            table.section(lambda after: self._land(flight, box.pop(), nbytes, seconds, after))
+            table.section(
+                lambda after: self._land(flight, box.pop(), nbytes, parts, seconds, after)
+            )
 
-    def _land(self, flight: Flight, value: Any, nbytes: int, seconds: float, after: After) -> None:
+    def _load(self, flight: Flight) -> Any:
+        try:
+            return flight.key.load()
+        except MemoryError:
+            # The process has come to another limit before the budget. What is read ahead is left
+            # to who demands it; a demand sends away what is only cached, and tries once more.
+            if flight.prefetch or not self._evict(flight.charge.nbytes):
+                raise
+        return flight.key.load()
+
+    def _evict(self, nbytes: int) -> bool:
+        """Free memory of the process; False if there was nothing to be freed."""
+        table = self.table
+        before = table.root.used
+
+        def work(after: After) -> None:
+            make_room(table, table.root, nbytes, after)
+
+        table.section(work)
+        _buffers.trim()
+        return table.root.used < before
+
+    def _land(
+        self,
+        flight: Flight,
+        value: Any,
+        nbytes: int,
+        parts: list[tuple[Any, int]],
+        seconds: float,
+        after: After,
+    ) -> None:
         table, key = self.table, flight.key
         if table.flights.get(key) is not flight:
             after.garbage.values.append(value)  # abandoned by a fork
@@ -196,6 +241,8 @@ class Pool:
         scope = flight.charge.scope
         reserved = flight.charge.nbytes
         unasked = flight.stream if flight.prefetch else None
+        if self.machine_left is not None:
+            self.machine_left -= nbytes  # until it is looked at again
         scope.counters.loads += 1
         scope.counters.load_seconds += seconds
         scope.counters.loaded_bytes += nbytes
@@ -205,6 +252,7 @@ class Pool:
         flight.ended = True
         table.accounts.recharge(flight.charge, nbytes=0)
         entry = table.land(key, value, nbytes, scope)
+        entry.parts = parts
         if not flight.joiners and flight.cancelled:
             table.detach(entry, after)  # its reader looked at no checkpoint since
         elif not flight.joiners:
@@ -214,7 +262,7 @@ class Pool:
             joiner = flight.joiners[-1]
             table.pin(joiner.use, entry)
             self._tell(flight, joiner, entry)
-        self._end(flight, AbandonedError())
+        self._end(flight)
         after.events.append((scope, Event("load", key.name, nbytes)))
         if nbytes > reserved:
             reader = getattr(getattr(key, "reader", None), "name", type(key).__name__)
@@ -224,6 +272,12 @@ class Pool:
             )
             shrink(table, scope, after, key.name)
 
+    def _interrupted(self, flight: Flight) -> None:
+        if flight.stream is not None:
+            # Left to who demands it: tried ahead again, it might end so again and again.
+            flight.stream.failed.add(flight.key)
+        self.abandon(flight)
+
     def _fail(self, flight: Flight, error: Exception, after: After) -> None:
         flight.charge.scope.counters.load_failures += 1
         if flight.stream is not None:
@@ -231,7 +285,13 @@ class Pool:
         after.events.append((flight.charge.scope, Event("load_failure", flight.key.name, 0)))
         self._end(flight, error)
 
-    def _end(self, flight: Flight, error: Exception) -> None:
+    def abandon(self, flight: Flight) -> None:
+        """End a flight without data or error: whoever had joined starts again."""
+        if self.table.flights.get(flight.key) is flight:
+            flight.charge.scope.counters.abandoned += flight.stream is None or not flight.cancelled
+            self._end(flight)
+
+    def _end(self, flight: Flight, error: Exception | None = None) -> None:
         """Give back the flight's bytes and tell everyone who had joined."""
         table = self.table
         if table.flights.get(flight.key) is not flight:
@@ -240,7 +300,7 @@ class Pool:
         flight.ended = True
         while flight.joiners:
             joiner = flight.joiners[-1]
-            self._tell(flight, joiner, error)
+            self._tell(flight, joiner, AbandonedError() if error is None else error)
         table.accounts.discharge(flight.charge)
         if flight.stream is not None and flight.key not in table.entries:
             flight.stream.want_again(flight.key)
@@ -261,27 +321,30 @@ class Pool:
         """
         for flight in list(self.table.flights.values()):
             if flight.ended or (flight.thread is None and flight not in self.queue):
-                self._end(flight, AbandonedError())
+                self._end(flight)
 
     def cancel(self, flight: Flight) -> None:
         """End a prefetch that nobody has joined: at once if it is queued, else soon."""
+        flight.charge.scope.counters.cancelled += not flight.cancelled
         flight.cancelled = True
         if flight.thread is None and flight in self.queue:
             self.queue.remove(flight)
-            self._end(flight, AbandonedError())
+            self._end(flight)
 
     def disown(self, flight: Flight) -> None:
         """Its operation is over: whoever reads it for others goes on, what nobody reads ends."""
         use = flight.use
-        flight.use = None
         if flight.thread is None or (use is not None and flight.thread == use.thread):
             if flight in self.queue:
                 if flight.joiners:
+                    flight.use = None
                     return
                 self.queue.remove(flight)
-            self._end(flight, AbandonedError())
+            self.abandon(flight)
         elif not flight.joiners:
             flight.cancelled = True
+        # Last: what an interrupt left half disowned is disowned again.
+        flight.use = None
 
     def leave(self, flight: Flight, use: Use) -> None:
         """``use`` doesn't want this flight any more."""
@@ -309,10 +372,12 @@ class Pool:
             self.machine_left = memory.available_now()
 
     def freed(self, nbytes: int) -> None:
-        """Small arrays were dropped; now and then their memory goes back to the system.
+        """Memory was freed; what the C allocator keeps of it goes back to the system now and then.
 
-        Called without the lock.
+        Called without the lock: a count that threads get wrong now and then does no harm.
         """
+        if self.machine_left is not None:
+            self.machine_left += nbytes
         self._freed += nbytes
         if self._freed >= _buffers.TRIM_AFTER:
             self._freed = 0
@@ -371,13 +436,22 @@ class Pool:
 
     def _present(self, key: Key, after: After) -> bool:
         table = self.table
-        entry = table.entries.get(key) or table.resurrect(key)
+        entry = table.entries.get(key)
         if entry is None:
-            return False
+            # What was evicted and is held outside stays evicted until it is asked for: taken back
+            # here it would be the next victim of another stream, and so on for ever. If it dies
+            # before, it is wanted again.
+            ghost = table.ghosts.get(key)
+            return ghost is not None and ghost.value() is not None
         if entry.pins == 0:
             entry.spent = False
             table.file(entry, after)
         return True
+
+    def evict_for_machine(self, need: int, after: After) -> None:
+        """Evict where the machine itself has less left than ``need``, whatever the budget says."""
+        if self.machine_left is not None and need > self.machine_left:
+            make_room(self.table, self.table.root, need - self.machine_left, after)
 
     def _machine_has(self, peak: int) -> bool:
         if self.machine_left is None:

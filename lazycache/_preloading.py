@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ._ledger import Schedule
-from ._records import After, Scope, Stream, StreamRef
+from ._records import After, Scope, Stream
 from ._table import Table
 from .source import Key
 
@@ -23,14 +23,13 @@ class Preloading:
         self._table = table
         schedule: Schedule[Key] = Schedule(table.uses_clock)
         self._stream = Stream(scope, schedule, npreload, contextvars.copy_context())
-        ref = table.watch(StreamRef, consumer)
-        ref.stream = self._stream
+        ref = table.watch(self._stream, consumer)
 
         def work(after: After) -> None:
             table.streams[self._stream] = ref
             table.schedules.append(schedule)
 
-        table.section(work)
+        table.soon(work)
 
     def expect(self, keys: Iterable[Key]) -> None:
         """These keys will be used, in this order, after those that are expected already."""
@@ -43,7 +42,7 @@ class Preloading:
                 if entry is not None and entry.pins == 0:
                     table.file(entry, after)
 
-        table.section(work)
+        table.soon(work)
 
     def want(self, keys: Iterable[Key]) -> None:
         """Load these expected keys, and no others, as soon as there is room. Reads headers."""
@@ -61,7 +60,7 @@ class Preloading:
             for key, peak in peaks:
                 stream.want(key, peak)
 
-        table.section(work)
+        table.soon(work)
 
     def done(self, keys: Iterable[Key]) -> None:
         """The loop has gone past one use of each of these keys."""
@@ -74,7 +73,7 @@ class Preloading:
                 if entry is not None and entry.pins == 0:
                     table.file(entry, after)
 
-        table.section(work)
+        table.soon(work)
 
     def asked(self, keys: Iterable[Key]) -> bool:
         """Whether anybody asked for any of ``keys`` since they were loaded ahead, or not at all."""
@@ -93,10 +92,10 @@ class Preloading:
                     # Wanted before, and gone since: used, or it couldn't be loaded.
                     found.append(key in stream.peaks and key not in waiting)
 
-        table.section(work)
+        table.soon(work)
         return not found or any(found)
 
     def close(self) -> None:
         """Stop, give back what was loaded and not used, and see idle threads end."""
-        self._table.section(lambda after: self._table.close_stream(self._stream, after))
+        self._table.soon(lambda after: self._table.close_stream(self._stream, after))
         self._table.pool.join_threads(timeout=1.0)

@@ -34,6 +34,7 @@ class Scope:
         "children",
         "closed",
         "counters",
+        "counting",
         "ledger",
         "parent",
         "peak",
@@ -60,6 +61,7 @@ class Scope:
         self.results: list[tuple[float, int, weakref.ref[Result], int]] = []
         self.results_nbytes = 0  # of those in the heap, dead ones included
         self.counters = Counters()
+        self.counting = True  # not yet added to those of its parent
         self.subscribers: list[Callable[[Event], None]] = []
         self.warned = False
         self.closed = False
@@ -99,17 +101,11 @@ _REASONS: dict[Kind, Reason] = {
 
 
 class Ref(weakref.ref[Any]):
-    """See `Table.watch`."""
+    """A weak reference to what somebody holds; its death ends ``record``. See `Table.watch`."""
 
-    __slots__ = ("nudge",)
+    __slots__ = ("nudge", "record")
     nudge: weakref.ref[Any]
-
-
-class OwnerRef(Ref):
-    """A weak reference to the owner of some memory; its death ends the charge."""
-
-    __slots__ = ("owner",)
-    owner: Owner
+    record: Owner | Use | Stream
 
 
 class Owner:
@@ -120,7 +116,7 @@ class Owner:
     def __init__(self, charge: Charge, ident: int) -> None:
         self.charge = charge
         self.ident = ident
-        self.ref: OwnerRef | None = None  # None: a type that can't be weakly referenced
+        self.ref: Ref | None = None  # None: a type that can't be weakly referenced
         self.entries = 0  # resident entries that refer to it
         self.ghosts: set[Key] = set()
 
@@ -132,6 +128,7 @@ class Entry:
         "key",
         "nbytes",
         "owner",
+        "parts",
         "pins",
         "scope",
         "spent",
@@ -147,6 +144,8 @@ class Entry:
         self.owner = owner
         self.scope = scope
         self.nbytes = owner.charge.nbytes
+        # Memory inside a value that is no array, and its bytes: it may be held without the value.
+        self.parts: list[tuple[Any, int]] = []
         self.pins = 0
         self.stamp = 0  # when it was last used, on the table's count of uses
         self.spent = False  # past its last use in the plan or loop that used it
@@ -207,13 +206,6 @@ class Use:
         self.counts: dict[Key, int] = {}  # how often each of its entries is pinned
         self.schedule: Schedule[Key] | None = None
         self.stream: Stream | None = None
-
-
-class UseRef(Ref):
-    """A weak reference to an `Operation`; its death ends the use."""
-
-    __slots__ = ("use",)
-    use: Use
 
 
 class Waiter:
@@ -286,13 +278,6 @@ class Stream:
         return math.inf if self.first_wanted() is None else self.wanted[0][0]
 
 
-class StreamRef(Ref):
-    """A weak reference to who consumes a stream; its death closes the stream."""
-
-    __slots__ = ("stream",)
-    stream: Stream
-
-
 class Garbage:
     """Values that left the table and are dropped outside its lock.
 
@@ -319,11 +304,12 @@ class Garbage:
 class After:
     """What a locked section leaves to be done once the lock is free."""
 
-    __slots__ = ("events", "garbage", "messages", "shrinking", "warnings")
+    __slots__ = ("events", "freed", "garbage", "messages", "shrinking", "warnings")
 
     def __init__(self) -> None:
         self.garbage = Garbage(threading.get_ident())
         self.events: list[tuple[Scope, Event]] = []
+        self.freed = 0  # bytes that died, or were given back unused; the allocator may keep them
         self.messages: list[str] = []  # for the log alone
         # Who may still be over a budget when the garbage is gone, and why; see `shrink`.
         self.shrinking: list[tuple[Scope, str | None]] = []

@@ -96,7 +96,7 @@ def insist(table: Table, request: Request, attempt: Callable[[After], Verdict]) 
             table.blocked.pop(request.thread, None)
             _leave_queue(table, request)
 
-        table.section(withdraw)
+        table.soon(withdraw)
         raise
 
 
@@ -129,6 +129,7 @@ def obtain(table: Table, request: Request, need: int, room: int, after: After) -
         return "granted"
     if not _my_turn(table, request):
         return "wait"
+    table.pool.evict_for_machine(need, after)
     lacking = [
         (level, short) for level in scope.chain if (short := level.used + need - level.budget) > 0
     ]
@@ -142,7 +143,7 @@ def obtain(table: Table, request: Request, need: int, room: int, after: After) -
         ]
     )
     if not lacking and not crowded:
-        return "granted"
+        return "again" if after.garbage.bytes else "granted"
     others = table.helpers(request.thread) and not request.impatient
     for level, short in lacking:
         short -= table.dying(level) + after.garbage.dying(level)

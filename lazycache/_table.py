@@ -1,10 +1,15 @@
 """The table of a tree of scopes: what is held, who is charged for it, and what goes next.
 
-One plain lock guards everything. It is only ever taken by ``with table.lock`` (an interrupt between
-a call of ``acquire`` and a ``try`` would leave it held), for short sections that run no code of
-anybody else: reading, computing, freeing, garbage collection and callbacks happen outside. A
-section opens with `Table.enter` and closes with `Table.leave`; what is left to be done outside the
-lock is put into an `After`.
+One lock guards everything. It is only ever taken by ``with table.lock`` (an interrupt between a
+call of ``acquire`` and a ``try`` would leave it held), for short sections that call no code of
+anybody else: reading, computing, freeing and callbacks happen outside. A section opens with
+`Table.enter` and closes with `Table.leave`; what is left to be done outside the lock is put into an
+`After`.
+
+Python itself may run other code in the middle of a section: a signal handler, or a finalizer that
+the garbage collector calls. When that code uses the cache it is inside a section of its own thread
+(`Table.inside`; or of another table, `busy`). What can be done later is (`Table.soon`); what can't
+raises `CacheBusyError`.
 
 An interrupt may end a section anywhere. The next `enter` finds ``torn`` set, ends what was half
 ended, and makes everything that is derived again from the records.
@@ -21,7 +26,7 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from ._accounts import Accounts
 from ._flight import Flight
@@ -35,23 +40,30 @@ from ._records import (
     Garbage,
     Ghost,
     Owner,
-    OwnerRef,
     Ref,
     Scope,
     Stream,
-    StreamRef,
     Use,
-    UseRef,
     Waiter,
 )
 from ._victims import shrink
-from .errors import BudgetExceededWarning
+from .errors import BudgetExceededWarning, CacheBusyError
 from .source import Key
 from .stats import Event
 
 log = logging.getLogger("lazycache")
 
-R = TypeVar("R", bound=Ref)
+# The table that each thread was last in a section of.
+_last = threading.local()
+
+
+def busy() -> Table | None:
+    """The table that the calling thread is in a section of, which it interrupted.
+
+    There it waits for no other table: whoever is in that one might be waiting for this.
+    """
+    table: Table | None = getattr(_last, "table", None)
+    return table if table is not None and table.inside() else None
 
 
 class Table:
@@ -65,18 +77,23 @@ class Table:
         clock: Callable[[], float] = time.monotonic,
         wait_limit: float = 60.0,
     ) -> None:
-        self.lock = threading.Lock()
+        # Reentrant only so that a thread can tell that it is inside; sections never nest.
+        self.lock = threading.RLock()
         self.clock = clock
         self.wait_limit = wait_limit
         # Appended to by callbacks of dying objects, without the lock.
         self.dead: deque[Any] = deque()
+        # What was asked for inside a section of the same thread, and is done at its end.
+        self.postponed: deque[Callable[[After], None]] = deque()
+        # Other tables that it was asked of; they do it when this one is free.
+        self.elsewhere: deque[Table] = deque()
         # The waiter whose turn it is; read by those callbacks without the lock.
         self.head: weakref.ref[Waiter] | None = None
 
         # All below: guarded by the lock. The truth:
         self.root = Scope(budget, strict, None)
         self.accounts = Accounts(self.watch)
-        self.uses: dict[Use, UseRef] = {}
+        self.uses: dict[Use, Ref] = {}
         self.entries: dict[Key, Entry] = {}
         self.flights: dict[Key, Flight] = {}
         # Evicted, perhaps still alive.
@@ -88,7 +105,7 @@ class Table:
         self.fresh: deque[weakref.ref[Waiter]] = deque()
         # What is known of the future.
         self.schedules: list[Schedule[Key]] = []
-        self.streams: OrderedDict[Stream, StreamRef | None] = OrderedDict()
+        self.streams: OrderedDict[Stream, Ref | None] = OrderedDict()
         self.uses_clock = 0
         self.serial = 0
         self.torn = False
@@ -103,9 +120,14 @@ class Table:
             repair(self, after)
         self.torn = True
         self._drain(after)
+        if self.blocked:
+            self._unblock_lost()
 
     def leave(self, after: After) -> None:
         self._drain(after)
+        while self.postponed:
+            self.postponed[0](after)
+            self.postponed.popleft()  # only now: after an interrupt it is done again
         if after.garbage.values:
             self.garbage = [ref for ref in self.garbage if ref() is not None]
             self.garbage.append(weakref.ref(after.garbage, self._nudge))
@@ -119,28 +141,53 @@ class Table:
             garbage = after.garbage
             dropped = sum(nbytes for _, nbytes in garbage.bytes)
             garbage.drop()
-            if dropped:
-                self.pool.freed(dropped)
+            self.pool.freed(after.freed)
             self.pool.start_workers()
             self._tell(after)
-            if not dropped:
+            while self.elsewhere:
+                self.elsewhere.popleft().soon(lambda after: None)
+            if not dropped and not self.postponed:
                 return
             shrinking, after = after.shrinking, After()
             with self.lock:
+                _last.table = self
                 self.enter(after)
                 self.changed = True
                 for scope, label in shrinking:
                     shrink(self, scope, after, label)
                 self.leave(after)
 
+    def inside(self) -> bool:
+        """Whether the calling thread is in a section already, which it interrupted."""
+        return self.lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+
     def section(self, work: Callable[[After], None]) -> None:
-        """Run ``work`` in a locked section. Called without the lock."""
+        """Run ``work`` in a locked section. Called without the lock.
+
+        Raises `CacheBusyError` inside a section of the same thread, of this table or another.
+        """
+        if self.inside() or busy() is not None:
+            raise CacheBusyError(
+                "a finalizer or signal handler that interrupted the cache asked it for data, which "
+                "can't be had there: ask for them before, or later"
+            )
         after = After()
         with self.lock:
+            _last.table = self
             self.enter(after)
             work(after)
             self.leave(after)
         self.finish(after)
+
+    def soon(self, work: Callable[[After], None]) -> None:
+        """Run ``work`` in a section; inside one of the same thread, once that is over."""
+        table = self if self.inside() else busy()
+        if table is None:
+            self.section(work)
+            return
+        self.postponed.append(work)
+        if table is not self:
+            table.elsewhere.append(self)
 
     def _tell(self, after: After) -> None:
         for scope, event in after.events:
@@ -170,6 +217,18 @@ class Table:
         self.head = None
         return None
 
+    def _unblock_lost(self) -> None:
+        """Threads that an interrupt took out of their wait, and another out of saying so."""
+        waiters = [ref() for ref in (*self.nested, *self.fresh)]
+        waiting = {waiter.thread for waiter in waiters if waiter is not None}
+        for thread, flight in list(self.blocked.items()):
+            if flight is None:
+                lost = thread not in waiting
+            else:
+                lost = all(joiner.thread != thread for joiner in flight.joiners)
+            if lost:
+                del self.blocked[thread]
+
     def _kick(self) -> None:
         waiter = self.first()
         changed = self.changed or self.accounts.released
@@ -186,37 +245,44 @@ class Table:
         if waiter is not None:
             waiter.wake.put(None)
 
-    def watch(self, kind: type[R], target: Any) -> R:
-        """A weak reference that is put into ``dead`` when ``target`` dies.
+    def watch(self, record: Owner | Use | Stream, target: Any) -> Ref:
+        """A weak reference whose ``record`` is ended when ``target`` dies.
 
         Callbacks run anywhere and take no lock. An interrupt in one of Python's would lose the
         news, so they are told by a call of C alone; waking somebody by another, which may be lost.
         """
         nudge = weakref.ref(target, self._nudge)
-        ref = kind(target, self.dead.append)
+        ref = Ref(target, self.dead.append)
         ref.nudge = nudge
+        ref.record = record
         return ref
 
     def _drain(self, after: After) -> None:
         while self.dead:
             item = self.dead.popleft()
-            if isinstance(item, OwnerRef):
-                self._owner_died(item.owner)
-            elif isinstance(item, Key):
+            if isinstance(item, Key):
                 entry = self.entries.get(item)
                 if entry is not None and entry.pins == 0:
                     self.file(entry, after)
-            elif isinstance(item, UseRef):
-                self.end_use(item.use, after)
-            elif isinstance(item, StreamRef):
-                self.close_stream(item.stream, after)
+                continue
+            # None where an interrupt came before `watch` had set it.
+            record = getattr(item, "record", None)
+            if isinstance(record, Owner):
+                self._owner_died(record, after)
+            elif isinstance(record, Use):
+                self.end_use(record, after)
+            elif isinstance(record, Stream):
+                self.close_stream(record, after)
 
-    def _owner_died(self, owner: Owner) -> None:
+    def _owner_died(self, owner: Owner, after: After) -> None:
+        after.freed += owner.charge.nbytes
         self.accounts.bury(owner)
         for key in owner.ghosts:
             ghost = self.ghosts.get(key)
             if ghost is not None and ghost.owner is owner:
                 del self.ghosts[key]
+                for stream in self.streams:
+                    stream.want_again(key)
 
     def dying(self, level: Scope) -> int:
         """Bytes of ``level`` that some thread is about to free."""
@@ -252,6 +318,7 @@ class Table:
             return None
         entry = Entry(key, value, ghost.owner, ghost.owner.charge.scope)
         self._settle_in(entry)
+        entry.scope.counters.recalls += 1
         return entry
 
     def _settle_in(self, entry: Entry) -> None:
@@ -324,8 +391,18 @@ class Table:
         owner.entries -= 1
         after.garbage.bytes.append((entry.scope, entry.nbytes))
         after.garbage.values.append(entry.value)
+        while entry.parts and owner.entries == 0:
+            # Whoever holds one of them, and not the value, keeps its memory.
+            # First charged anew: an interrupt in between leaves too much charged, never too little.
+            part, nbytes = entry.parts[-1]
+            self.accounts.track(part, nbytes, entry.scope, "held", key.name)
+            self.accounts.recharge(owner.charge, nbytes=max(0, owner.charge.nbytes - nbytes))
+            after.garbage.values.append(part)
+            del part
+            entry.parts.pop()
         if owner.ref is None:
-            entry.scope.counters.untracked_bytes += entry.nbytes
+            entry.scope.counters.untracked_bytes += owner.charge.nbytes
+            after.freed += owner.charge.nbytes
             self.accounts.discharge(owner.charge)
         elif owner.entries == 0:
             self.accounts.recharge(owner.charge, kind="held")
@@ -419,6 +496,7 @@ class Table:
         elif use.schedule is not None:
             self.end_schedule(use.schedule, after)
         if use.workspace is not None:
+            after.freed += use.workspace.nbytes
             self.accounts.discharge(use.workspace)
         # Last, so that one that an interrupt left half ended is ended again.
         del self.uses[use]

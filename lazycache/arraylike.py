@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from . import _buffers
 from . import operations as ops
 from ._frames import location
 from .express import (
@@ -27,7 +28,7 @@ from .express import (
     replaced,
     template_of,
 )
-from .expression import Node, OpNode, Slot, ValueNode, frozen
+from .expression import Node, OpNode, Slot, ValueNode, copy_of
 from .stacking import Watch
 
 # What array operators leave to the other operand, or to Python's TypeError.
@@ -291,11 +292,13 @@ def _is_basic(item: Any) -> bool:
 
 def _call_into(function: Callable[..., Any], inputs: Any, out: Any, kwargs: Any) -> Any:
     """The same with ``out=``, where proxies become what was written into a copy of their data."""
-    copies = tuple(np.array(item.data) if isinstance(item, ArrayLike) else item for item in out)
+    copies = tuple(
+        copy_of(np.asarray(item.data)) if isinstance(item, ArrayLike) else item for item in out
+    )
     called(function, inputs, {**kwargs, "out": copies})
     for item, written in zip(out, copies, strict=True):
         if isinstance(item, ArrayLike):
-            item._become(ValueNode(frozen(written)))
+            item._become(ValueNode(_buffers.readonly(written)))
     return out[0] if len(out) == 1 else out
 
 

@@ -26,7 +26,7 @@ from ._integrity import after_fork, check
 from ._operation import Operation
 from ._preloading import Preloading
 from ._records import After, Scope
-from ._table import Table
+from ._table import Table, busy
 from ._victims import drop_results, shrink
 from .errors import CacheClosedError, FileChangedWarning
 from .sizes import format_size, nbytes_of
@@ -35,12 +35,27 @@ from .stats import COUNTERS, CacheStats, Event, Holder
 
 Budget = int | float | str
 
-_scope: contextvars.ContextVar[DataCache | None] = contextvars.ContextVar("lazycache", default=None)
+
+class _ScopeRef(weakref.ref["DataCache"]):
+    """An entered scope, and the one around it.
+
+    Weak: the block keeps its scope alive, and one that an interrupt left without calling
+    ``__exit__`` ends with its last reference.
+    """
+
+    __slots__ = ("around",)
+    around: _ScopeRef | None
+
+
+_scope: contextvars.ContextVar[_ScopeRef | None] = contextvars.ContextVar("lazycache", default=None)
 _tables: weakref.WeakSet[Table] = weakref.WeakSet()
+# How often counters are read again when a scope closes meanwhile.
+_LOOKS = 100
 # Guards the making of tables and of the global cache; reentrant, because a finalizer that runs
 # inside may use a cache.
 _making = threading.RLock()
 _global: DataCache | None = None
+_process = os.getpid()
 
 
 class DataCache:
@@ -60,6 +75,9 @@ class DataCache:
 
     def __init__(self, budget: Budget = "auto", *, strict: bool = False) -> None:
         self._asked = memory.resolve_budget(budget)
+        # The share that the budget is of the memory, if any, and for which process it was found.
+        self._share = budget if memory.is_share(budget) else None
+        self._process = _process
         self._strict = strict
         # Set together, once, by `_bind`; read without a lock.
         self._table: Table | None = None
@@ -70,48 +88,58 @@ class DataCache:
 
     def _bind(self, outer: DataCache | None = None) -> tuple[Table, Scope]:
         """The table and scope of this cache, made at first use: its own, or inside ``outer``."""
-        if self._in is None or self._table is None:
-            with _making:
-                if self._in is None or self._table is None:
-                    if outer is None:
-                        table = Table(self._asked, self._strict)
-                        _tables.add(table)
-                        self._in = table.root
-                    else:
-                        table, inside = outer._bind()
-                        made: list[Scope] = []
-
-                        def begin(after: After, parent: Scope = inside) -> None:
-                            # Another thread may just have closed it.
-                            while parent.closed and parent.parent is not None:
-                                parent = parent.parent
-                            made.append(Scope(self._asked, self._strict, parent))
-                            parent.children.append(made[0])
-
-                        table.section(begin)
-                        [self._in] = made
-                        self._outer = outer
-                    self._table = table
+        if self._process != _process:
+            self._divide()
+        if self._in is None:
+            if outer is None:
+                table = Table(self._asked, self._strict)
+                self._settle(table, table.root, None)
+                assert self._table is not None
+                _tables.add(self._table)
+            else:
+                table, inside = outer._bind()
+                table.section(lambda after: self._begin(table, inside, outer))
+        assert self._table is not None
+        assert self._in is not None
         return self._table, self._in
+
+    def _begin(self, table: Table, parent: Scope, outer: DataCache) -> None:
+        while parent.closed and parent.parent is not None:  # another thread just did that
+            parent = parent.parent
+        scope = Scope(self._asked, self._strict, parent)
+        if self._settle(table, scope, outer):
+            parent.children.append(scope)
+
+    def _settle(self, table: Table, scope: Scope, outer: DataCache | None) -> bool:
+        """Belong to the first scope that any thread comes with; whether it is this one.
+
+        By a call of C, not under a lock: a finalizer that runs in here may use any cache.
+        """
+        bound = self.__dict__.setdefault("_bound", (table, scope, outer))
+        self._table, self._in, self._outer = bound
+        return bound[1] is scope
 
     def __enter__(self) -> DataCache:
         if self.closed:
             raise CacheClosedError("this cache was closed: make a new one")
         if self._outer is not None:
             raise CacheClosedError("this cache is open already: make another for the inner block")
+        entered = _ScopeRef(self)
+        entered.around = _scope.get()
         if self._in is None:
             self._bind(get_cache())
         elif (outer := get_cache()) is not self:  # as the global cache is
             self._outer = outer
-        _scope.set(self)
+        _scope.set(entered)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
         # Not reset by a token: a generator may end in another context than it began in. Whoever
         # finds a closed scope in the variable goes on to the one around it.
-        if _scope.get() is self:
-            _scope.set(_open_scope())
+        entered = _scope.get()
+        if entered is not None and entered() is self:
+            _scope.set(entered.around)
 
     @property
     def closed(self) -> bool:
@@ -124,14 +152,12 @@ class DataCache:
         Loads under way end, and are charged to the enclosing scope. Closing again does nothing.
         """
         table, scope = self._bind()
-        table.section(lambda after: close_scope(table, scope, after))
+        table.soon(lambda after: close_scope(table, scope, after))
 
     def __del__(self) -> None:
         # A table is part of reference cycles: without this, the data of a cache that was dropped
-        # without `close` would wait for the garbage collector. Not while a section runs: it may be
-        # this thread's.
-        table = getattr(self, "_table", None)
-        if table is not None and self._outer is None and not table.lock.locked():
+        # without `close` would wait for the garbage collector.
+        if getattr(self, "_table", None) is not None:
             self.close()
 
     def clear(self) -> None:
@@ -145,26 +171,45 @@ class DataCache:
                     table.detach(entry, after)
             drop_results(scopes, scope.used, after)
 
-        table.section(work)
+        table.soon(work)
 
     # Size
 
     @property
     def budget(self) -> int:
         """The budget, in bytes. Setting it takes what the constructor takes."""
+        if self._process != _process:
+            self._divide()
         return self._asked if self._in is None else self._in.budget
 
     @budget.setter
     def budget(self, value: Budget) -> None:
         table, scope = self._bind()
         budget = memory.resolve_budget(value, cached=scope.used)
+        self._share = value if memory.is_share(value) else None
 
         def work(after: After) -> None:
             scope.budget = budget
             shrink(table, scope, after)
             table.changed = True
 
-        table.section(work)
+        table.soon(work)
+
+    def _divide(self) -> None:
+        """In a forked worker: take no more than its part of the share that the parent's cache had.
+
+        At its first use there: at the fork the workers beside it may not have been started yet.
+        """
+        self._process = _process
+        share = self._share
+        if share is None:
+            return
+        part = memory.resolve_budget(share, cached=0 if self._in is None else self._in.used)
+        if self._in is None:
+            self._asked = min(self._asked, part)
+        elif part < self._in.budget:
+            self.budget = part
+            self._share = share
 
     @property
     def strict(self) -> bool:
@@ -191,13 +236,19 @@ class DataCache:
         self._tidy()
         if self._in is None:
             return CacheStats()
-        scopes = self._in.tree()
-        values = {name: sum(getattr(scope.counters, name) for scope in scopes) for name in COUNTERS}
+        for _ in range(_LOOKS):
+            scopes = self._in.tree()
+            values = {name: sum(getattr(s.counters, name) for s in scopes) for name in COUNTERS}
+            # A scope that closes meanwhile would be counted twice, or not at all.
+            if scopes == self._in.tree() and not any(scope.closed for scope in scopes[1:]):
+                break
         return CacheStats(peak_bytes=self._in.peak, **values)
 
     def held(self) -> list[Holder]:
         """Who holds the bytes in use and why, the largest first."""
         table, scope = self._bind()
+        if table.inside() or busy() is not None:
+            return holders(table, scope)
         found: list[Holder] = []
         table.section(lambda after: found.extend(holders(table, scope)))
         return found
@@ -208,10 +259,10 @@ class DataCache:
         No lock is held meanwhile; an error in it is logged. Returns a function that ends it.
         """
         table, scope = self._bind()
-        table.section(lambda after: scope.subscribers.append(callback))
+        table.soon(lambda after: scope.subscribers.append(callback))
 
         def unsubscribe() -> None:
-            table.section(
+            table.soon(
                 lambda after: (
                     None
                     if callback not in scope.subscribers
@@ -227,8 +278,8 @@ class DataCache:
         That may be this very thread: a signal handler that asks how much is used.
         """
         table = self._table
-        if table is not None and table.dead and not table.lock.locked():
-            table.section(lambda after: None)
+        if table is not None and (table.dead or table.postponed) and not table.torn:
+            table.soon(lambda after: None)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{format_size(self.used)} used"
@@ -242,20 +293,25 @@ class DataCache:
         scope = self._in
         if table is None or scope is None:
             return None
+        value = None
+        if table.torn and busy() not in (None, table):
+            return None  # whoever is in that table may wait for the one that this interrupted
         with table.lock:
             entry = table.entries.get(key)
-            if entry is None or entry.spent or table.torn:
-                # Past its last planned use, it would stay the first victim: who asks for it anew
-                # pins it, which files it anew.
-                return None
-            table.torn = True  # an interrupt may come while the ledger is being changed
-            entry.scope.ledger.touch(key)
-            table.serial += 1
-            entry.stamp = table.serial
-            entry.unasked = None
-            scope.counters.hits += 1
-            table.torn = False
-            return entry.value
+            # Past its last planned use, it would stay the first victim: who asks for it anew
+            # pins it, which files it anew.
+            if entry is not None and not entry.spent and not table.torn:
+                table.torn = True  # an interrupt may come while the ledger is being changed
+                entry.scope.ledger.touch(key)
+                table.serial += 1
+                entry.stamp = table.serial
+                entry.unasked = None
+                scope.counters.hits += 1
+                table.torn = False
+                value = entry.value
+        if table.postponed:  # by who interrupted this, not being a section
+            table.soon(lambda after: None)
+        return value
 
     def load(self, key: Key) -> Any:
         """The data of ``key``, read if they aren't here. Raises what reading raises."""
@@ -301,7 +357,7 @@ class DataCache:
             table.accounts.hold(value, nbytes, scope, name, "memory")
             shrink(table, scope, after, name)
 
-        table.section(work)
+        table.soon(work)
         return value
 
     def verify(self, keys: Iterable[Key]) -> None:
@@ -328,12 +384,12 @@ class DataCache:
             if entry is not None and entry.pins == 0 and handle.exhausted:
                 table.file(entry, after)
 
-        table.section(work)
+        table.soon(work)
 
     def release(self, key: Key) -> None:
         """Drop the data of ``key`` if nobody is using them."""
         table, _ = self._bind()
-        table.section(lambda after: table.forget(key, after, "release"))
+        table.soon(lambda after: table.forget(key, after, "release"))
 
     def holds(self, key: Key) -> bool:
         """Whether the data of ``key`` can be had without reading. Never blocks."""
@@ -360,7 +416,7 @@ def _invalidate(keys: list[FileKey]) -> None:
             for key in keys:
                 table.forget(key, after, "invalidate")
 
-        table.section(work)
+        table.soon(work)
 
 
 def forget_file(path: str | os.PathLike[str]) -> None:
@@ -370,10 +426,13 @@ def forget_file(path: str | os.PathLike[str]) -> None:
 
 def _open_scope() -> DataCache | None:
     """The innermost scope of this context that is still open; None outside any."""
-    scope = _scope.get()
-    while scope is not None and scope.closed:
-        scope = scope._outer
-    return None if scope is _global else scope
+    entered = _scope.get()
+    while entered is not None:
+        scope = entered()
+        if scope is not None and not scope.closed:
+            return None if scope is _global else scope
+        entered = entered.around
+    return None
 
 
 def get_cache() -> DataCache:
@@ -415,7 +474,8 @@ def cache_for(explicit: DataCache | None, made_in: weakref.ref[DataCache] | None
     if explicit is not None:
         return explicit
     # Every hit comes through here: the usual cases first.
-    scope = _scope.get()
+    entered = _scope.get()
+    scope = None if entered is None else entered()
     if scope is None and made_in is not None:
         scope = made_in()
     if scope is None:
@@ -450,19 +510,20 @@ _locked: list[Table] = []
 
 
 def _before_fork() -> None:
-    # A lock that another thread holds at the fork would be held for ever in the child. Bounded,
-    # because the forking thread may itself be inside a section (a signal handler that forks).
+    # What a section of another thread leaves half done could not be told from the truth in the
+    # child. Sections are short; a fork that waits for longer goes on.
     _locked[:] = [table for table in list(_tables) if table.lock.acquire(timeout=1.0)]
 
 
-def _after_fork_in_parent() -> None:
+def _unlock_after_fork() -> None:
     while _locked:
         _locked.pop().lock.release()
 
 
 def _after_fork_in_child() -> None:
-    global _making
-    _locked.clear()
+    global _making, _process
+    _process = os.getpid()
+    _unlock_after_fork()
     _making = threading.RLock()
     for table in list(_tables):
         after_fork(table)
@@ -471,6 +532,6 @@ def _after_fork_in_child() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before_fork,
-        after_in_parent=_after_fork_in_parent,
+        after_in_parent=_unlock_after_fork,
         after_in_child=_after_fork_in_child,
     )

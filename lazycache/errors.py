@@ -4,6 +4,7 @@ Errors, and the built-in type that each also is (so that ``except OSError`` keep
 
     LazyCacheError
     ├── BudgetExceededError    MemoryError    more bytes needed than the budget can give
+    ├── CacheBusyError         RuntimeError   asked for data by what had interrupted it
     ├── CacheClosedError       RuntimeError   a closed cache was asked for data
     ├── LoadCycleError         RuntimeError   a reader asks for what it is reading
     ├── ReadError              OSError        a file can't be read; names it
@@ -43,6 +44,10 @@ class BudgetExceededError(LazyCacheError, MemoryError):
 
 class CacheClosedError(LazyCacheError, RuntimeError):
     """A closed cache was asked for data."""
+
+
+class CacheBusyError(LazyCacheError, RuntimeError):
+    """Data were asked for by a finalizer or signal handler that interrupted the cache itself."""
 
 
 class LoadCycleError(LazyCacheError, RuntimeError):

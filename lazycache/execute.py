@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ._buffers import LARGE, owner_of
+from ._buffers import LARGE, let_go, owner_of
 from .cache import DataCache
 from .expression import (
     FileNode,
@@ -28,7 +28,7 @@ from .expression import (
     walk,
 )
 from .layout import Layout, infer, layout_of, transient
-from .outline import Outline, check_unchanged, explain, fingerprints, probe_all
+from .outline import Outline, check_same, check_unchanged, explain, fingerprints, probe_all
 from .source import Key, Result
 from .wrapping import Bounds
 
@@ -51,11 +51,13 @@ def compute(roots: Sequence[Node], cache: DataCache, label: str = "") -> list[Co
     where it was written. After an error nothing is kept, and the expression can be computed again.
     """
     outline = prepare(roots, cache)
+    # Before anything is read: a change that somebody notices meanwhile is one of other content.
+    seen = {root: fingerprints(root) for root in roots if isinstance(root, OpNode)}
     run = _Run(outline, roots, cache)
     computed = run.execute(label or f"computing {describe(roots[0])}")
     for root, (_, result) in zip(roots, computed, strict=True):
         if result is not None and isinstance(root, OpNode) and root not in outline.values:
-            root.remember(result, outline.info[root], fingerprints(root))
+            root.remember(result, outline.info[root], seen[root])
     run.bounds.warn()
     return computed
 
@@ -77,6 +79,13 @@ def available(node: Node) -> bool:
     """Whether the value of an operation was computed before and is still there."""
     result = node.result if isinstance(node, OpNode) else None
     return result is not None and result.value is not None
+
+
+def adopt(node: ValueNode, cache: DataCache) -> None:
+    """Charge data in memory to ``cache``, unless a cache was charged before."""
+    if not node.adopted:
+        node.value = cache.adopt(node.value, node.name)
+        node.adopted = True
 
 
 class _Run:
@@ -103,6 +112,8 @@ class _Run:
         # Temporaries that share their memory with nothing else.
         self.own: set[Node] = set()
         self.bounds = Bounds(outline)
+        files = [node for node in outline.nodes if isinstance(node, FileNode)]
+        self.fingerprints = {node.key: node.key.fingerprint for node in files}
 
     def execute(self, label: str) -> list[Computed]:
         self._adopt_constants()
@@ -114,14 +125,21 @@ class _Run:
             with self.cache.operation(
                 label, workspace=workspace, room=room, order=order
             ) as operation:
-                for step in self.steps:
-                    self._step(step, operation)
-                cost = time.perf_counter() - started
-                computed = {
-                    root: self._hand_out(root, node, operation, cost)
-                    for root, node in dict(zip(self.asked, self.roots, strict=True)).items()
-                }
-                return [computed[root] for root in self.asked]
+                try:
+                    for step in self.steps:
+                        self._step(step, operation)
+                    cost = time.perf_counter() - started
+                    computed = {
+                        root: self._hand_out(root, node, operation, cost)
+                        for root, node in dict(zip(self.asked, self.roots, strict=True)).items()
+                    }
+                    return [computed[root] for root in self.asked]
+                except BaseException as error:
+                    # Before the operation gives back the bytes.
+                    self.values.clear()
+                    self.outline.values.clear()
+                    let_go(error)
+                    raise
         finally:
             self.values.clear()
             for node, uses in self.executed.items():
@@ -131,9 +149,7 @@ class _Run:
     def _adopt_constants(self) -> None:
         for node in self.outline.nodes:
             if isinstance(node, ValueNode):
-                if not node.adopted:
-                    node.value = self.cache.adopt(node.value, node.name)
-                    node.adopted = True
+                adopt(node, self.cache)
                 self.values[node] = node.value
 
     def _files(self, step: OpNode) -> list[Key]:
@@ -147,6 +163,7 @@ class _Run:
         left = Counter(self.left)
         sizes: dict[Node, int] = {}  # of the memory that each living temporary answers for
         pinned: dict[Node, set[Key]] = {}
+        own: set[Node] = set()  # what `self.own` will be
         current = most = room = 0
         for step in self.steps:
             operands = self.outline.operands(step)
@@ -154,12 +171,18 @@ class _Run:
             result = self.outline.info[step].layout
             keys = set(self._files(step))
             size = 0 if result is None else result.nbytes
-            heir = self._heir(step, operands, layouts, result, left)
+            heir = self._heir(step, operands, layouts, result, left, own)
             if step.op.family == "view" and heir is not None:
                 pinned[step] = keys.union(*(pinned.get(operand, ()) for operand in operands))
+                own.discard(heir)
+            else:
+                own.add(step)
             new = size if heir is None else 0
             extra = 0 if None in layouts else transient(step, layouts, result)
-            room = max(room, sum(key.estimate()[0] for key in keys.union(*pinned.values())))
+            # What this step reads, with what reading takes besides, and what stays pinned.
+            lent = set[Key]().union(*pinned.values()) - keys
+            peak = sum(key.estimate()[1] for key in keys)
+            room = max(room, peak + sum(key.estimate()[0] for key in lent))
             most = max(most, current + new + extra)
             sizes[step] = new if heir is None else sizes.get(heir, 0)
             current += new
@@ -172,8 +195,11 @@ class _Run:
                         current -= freed
             if heir is not None and left[heir]:
                 sizes[step] = 0
+        # Files that are asked for themselves are read one after the other, and stay pinned.
         roots = {root.key for root in self.roots if isinstance(root, FileNode)}
-        return most, max(room, sum(key.estimate()[0] for key in roots))
+        estimates = [key.estimate() for key in roots]
+        besides = max((peak - nbytes for nbytes, peak in estimates), default=0)
+        return most, max(room, sum(nbytes for nbytes, _ in estimates) + besides)
 
     def _heir(
         self,
@@ -182,6 +208,7 @@ class _Run:
         layouts: Sequence[Layout | None],
         result: Layout | None,
         left: Counter[Node],
+        own: set[Node],
     ) -> Node | None:
         """The operand whose memory the result of a step will take over or be a view of."""
         family = step.op.family
@@ -191,7 +218,7 @@ class _Run:
             base = layouts[0]
             return operands[0] if base is not None and 2 * result.nbytes >= base.nbytes else None
         for operand, layout in zip(operands, layouts, strict=True):
-            mine = isinstance(operand, OpNode) and operand not in self.outline.values
+            mine = operand in own
             last = left[operand] == 1 and operands.count(operand) == 1
             if family in ("inplace", "assign"):
                 return operand if mine and last else None
@@ -215,6 +242,7 @@ class _Run:
         keys: list[Key] = list(dict.fromkeys(node.key for node in files))
         try:
             loaded = dict(zip(keys, operation.pin(keys), strict=True)) if keys else {}
+            check_same(self.fingerprints, files)
             inputs = [
                 loaded[node.key] if isinstance(node, FileNode) else self.values[node]
                 for node in operands

@@ -103,6 +103,8 @@ def transient(node: OpNode, layouts: list[Layout], result: Layout | None) -> int
     if node.op is ADD_SQUARES and result is not None:
         same = len({_axes(layout.strides) for layout in layouts}) == 1
         return 2 * (min(BLOCK, result.nbytes) if same else result.nbytes)
+    if name == "**" and layouts[0].dtype != result.dtype:  # computed aside, and converted
+        return result.nbytes
     if node.op.family != "reduce":
         return 0
     operand = layouts[0]
@@ -113,6 +115,10 @@ def transient(node: OpNode, layouts: list[Layout], result: Layout | None) -> int
         return count * max(result.dtype.itemsize, operand.dtype.itemsize)
     if name in ("median", "percentile", "quantile"):
         return 2 * operand.nbytes
+    if name in ("argmin", "argmax"):  # with the axis moved to the end
+        return operand.nbytes
+    if name == "count_nonzero":
+        return count
     return 0
 
 

@@ -10,6 +10,7 @@ Where the numbers come from is a `Machine`; tests lay out their own in a folder.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -47,7 +48,7 @@ def _affinity() -> int:
 
 
 def _workers() -> int:
-    """How many processes as this one its parent runs: 1 for a process that is no worker."""
+    """How many processes as this one share its memory: 1 for a process that is no worker."""
     torch_info = getattr(sys.modules.get("torch.utils.data"), "get_worker_info", None)
     if torch_info is not None and (info := torch_info()) is not None:
         return max(1, int(info.num_workers))
@@ -60,19 +61,72 @@ def _workers() -> int:
     import psutil
 
     me = psutil.Process()
-    parent = me.parent()
-    siblings = parent.children() if parent is not None else []
-    return max(1, sum(_is_worker(process, me.exe()) for process in siblings))
+    count = max(1, _siblings(me), _most_workers())
+    try:
+        # A worker may run workers of its own: they share what is one worker's part.
+        for process in me.parents():
+            if _is_worker(process):
+                count *= max(1, _siblings(process))
+            elif not _is_helper(process):
+                break
+    except psutil.Error:  # ended meanwhile, or somebody else's
+        pass
+    return count
 
 
-def _is_worker(process: Any, executable: str) -> bool:
+def _most_workers() -> int:
+    """How many workers the ProcessPoolExecutor that runs this one may have, else 1.
+
+    It starts them as calls come, so that the first would take themselves for all. The places in
+    its queue of calls tell.
+    """
+    import multiprocessing
+
+    module = sys.modules.get("concurrent.futures.process")
+    queue = next(iter(getattr(multiprocessing.current_process(), "_args", ())), None)
+    if module is None or type(queue) is not getattr(module, "_SafeQueue", None):
+        return 1
+    return int(getattr(queue, "_maxsize", 1)) - int(getattr(module, "EXTRA_QUEUED_CALLS", 1))
+
+
+def _siblings(process: Any) -> int:
+    """The children of its parent that run the same Python, this one too, but no helpers."""
     import psutil
 
-    try:
-        # multiprocessing and loky each keep a helper process beside the workers.
-        return process.exe() == executable and "resource_tracker" not in str(process.cmdline())
-    except psutil.Error:  # ended meanwhile, a zombie, or somebody else's
-        return False
+    executable, parent = process.exe(), process.parent()
+    count = 0
+    for sibling in [] if parent is None else parent.children():
+        try:
+            count += sibling.exe() == executable and not _is_helper(sibling)
+        except psutil.Error:  # ended meanwhile, a zombie, or somebody else's
+            continue
+    return count
+
+
+def _is_helper(process: Any) -> bool:
+    """Whether multiprocessing or loky keeps this process for itself, beside the workers."""
+    command = str(process.cmdline())
+    if "multiprocessing.forkserver" in command:
+        return not _is_forked(process)  # the workers that it forks have its command
+    return "resource_tracker" in command
+
+
+def _is_worker(process: Any) -> bool:
+    """Whether this process was started by multiprocessing or loky."""
+    command = process.cmdline()
+    return (
+        "--multiprocessing-fork" in command or "popen_loky" in str(command) or _is_forked(process)
+    )
+
+
+def _is_forked(process: Any) -> bool:
+    """Whether this process goes on with the program of its parent."""
+    parent = process.parent()
+    return (
+        parent is not None
+        and process.exe() == parent.exe()
+        and process.cmdline() == parent.cmdline()
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +225,11 @@ def resolve_budget(
     return int(share * machine_limit(cached, machine)) // sharers
 
 
+def is_share(value: object) -> bool:
+    """Whether this budget is a share of the memory, and not bytes."""
+    return _as_share(value) is not None
+
+
 def _as_share(value: object) -> float | None:
     if isinstance(value, float | np.floating):
         return float(value)
@@ -204,6 +263,25 @@ def usable_cpus(machine: Machine = THIS_MACHINE) -> int:
 
 
 # --- what this process uses ----------------------------------------------------------------------
+
+# glibc's name for the number of its arenas, and as many as threads that decode at once need.
+_M_ARENA_MAX = -8
+_FEW_ARENAS = 2
+
+
+def _spare_address_space() -> None:
+    """Where the address space is limited, keep the C allocator from reserving much of it.
+
+    glibc gives each thread that allocates an arena of 64 MiB of addresses, for good: the threads
+    that read ahead would leave too few of them for the data.
+    """
+    if sys.platform.startswith("linux") and _address_space_limit() is not None:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:  # another C library than glibc has no arenas to spare
+            mallopt(_M_ARENA_MAX, _FEW_ARENAS)
+
+
+_spare_address_space()
 
 
 def _own_memory(root: str) -> tuple[int, int]:
@@ -263,6 +341,10 @@ def _slurm_tasks(environ: Mapping[str, str]) -> int:
 # Version 1 writes "no limit" as the largest number of pages.
 _NO_LIMIT = 1 << 60
 
+# Of the page cache: what was not used lately, what was, and how much of it all is mapped.
+_STATS_V1 = ("total_inactive_file", "total_active_file", "total_mapped_file")
+_STATS_V2 = ("inactive_file", "active_file", "file_mapped")
+
 
 @dataclass(frozen=True, slots=True)
 class _Group:
@@ -281,17 +363,26 @@ class _Group:
         return min((n for n in limits if n is not None and n < _NO_LIMIT), default=None)
 
     def used(self) -> int:
-        """Bytes that can't be taken back: less the page cache of files not read lately."""
+        """Bytes that can't be taken back: less the page cache, but for what is mapped.
+
+        The kernel drops page cache before it kills. A mapped part is mostly the programs' code.
+        """
         if self.version == 1:
-            usage, reclaimable = "memory.usage_in_bytes", "total_inactive_file"
+            usage, names = "memory.usage_in_bytes", _STATS_V1
         else:
-            usage, reclaimable = "memory.current", "inactive_file"
+            usage, names = "memory.current", _STATS_V2
         used = _whole(_read(self.folder, usage).strip()) or 0
+        found: dict[str, int] = {}
         for line in _read(self.folder, "memory.stat").splitlines():
             name, _, number = line.partition(" ")
-            if name == reclaimable:
-                return max(0, used - (_whole(number) or 0))
-        return used
+            if name in names:
+                found[name] = _whole(number) or 0
+        inactive, active, mapped = (found.get(name) for name in names)
+        # Lately used pages count as well where it is known how many of them are mapped.
+        reclaimable = inactive or 0
+        if active is not None and mapped is not None:
+            reclaimable += max(0, active - mapped)
+        return max(0, used - reclaimable)
 
 
 @lru_cache(maxsize=16)

@@ -21,6 +21,8 @@ from nibabel.parrec import PARRECHeader
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import DTypeLike, NDArray
 
+from . import _buffers
+
 Shape = tuple[int, ...]
 Affine = NDArray[np.float64]
 
@@ -195,13 +197,24 @@ class SourceData:
         if copy is False:
             raise ValueError("an image's data are always a copy; write np.asarray(image.dataobj)")
         wanted = self.dtype if dtype is None else np.dtype(dtype)
-        return np.asarray(self._source).astype(wanted, subok=False)
+        return _copied(self._source, wanted)
 
     def __getitem__(self, index: Any) -> Any:
-        return np.asarray(self._source[index]).astype(self.dtype, subok=False)
+        return _copied(self._source[index], self.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SourceData:
         return self  # nothing in it can change, and nilearn copies images before it reads them
+
+
+def _copied(values: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """``values`` as ``ndarray.astype`` gives them, in memory that goes back to the system."""
+    array = np.asarray(values)
+    flags = array.flags
+    if not flags.forc:
+        return array.astype(dtype)
+    out = _buffers.empty(array.shape, dtype, "C" if flags.c_contiguous else "F")
+    np.copyto(out, array, casting="unsafe")
+    return out
 
 
 class _NeverKept:

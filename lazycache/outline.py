@@ -9,9 +9,11 @@ part of a file is replaced by a cut from the whole where that needs no reading.
 
 from __future__ import annotations
 
+import _thread
 import contextvars
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from . import operations as ops
@@ -246,10 +248,7 @@ def probe_all(files: Iterable[FileNode]) -> None:
         for key in keys:
             look(key)
     else:
-        context = contextvars.copy_context()
-        with ThreadPoolExecutor(_PROBING_THREADS, "lazycache-probe") as pool:
-            for _ in pool.map(lambda key: context.copy().run(look, key), keys):
-                pass
+        _share_out(look, keys)
     if len(errors) == 1:
         raise next(iter(errors.values()))
     if errors:
@@ -272,6 +271,34 @@ def probe_all(files: Iterable[FileNode]) -> None:
             )
 
 
+def _share_out(look: Callable[[FileKey], None], keys: Iterable[FileKey]) -> None:
+    """``look`` at each of ``keys``, in several threads and in this one.
+
+    No executor: its locks are taken by Python code, and an interrupt of that leaves them held, so
+    that nobody would ever see its threads end.
+    """
+    left = deque(keys)
+    ended: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            while True:
+                look(left.popleft())
+        except IndexError:
+            pass
+        finally:
+            ended.put(None)
+
+    try:
+        for _ in range(_PROBING_THREADS - 1):
+            _thread.start_new_thread(contextvars.copy_context().run, (work,))
+        work()
+        for _ in range(_PROBING_THREADS):
+            ended.get()
+    finally:
+        left.clear()
+
+
 def check_unchanged(nodes: Iterable[Node]) -> None:
     """Raise `FileChangedError` where something that was computed would be so from other content."""
     for node in nodes:
@@ -283,6 +310,24 @@ def check_unchanged(nodes: Iterable[Node]) -> None:
                     f"{key.name} changed since {describe(node)} was computed, and its value is no "
                     f"longer in memory: write the expression again to compute it from the new file"
                 )
+
+
+def check_same(seen: Mapping[FileKey, Any], files: Iterable[FileNode]) -> None:
+    """Raise `FileChangedError` where a file isn't any more what it was as the plan began.
+
+    What is read tells that itself; but somebody else may have noticed it before, and what is known
+    of the file is then of its new content.
+    """
+    for node in files:
+        key = node.key
+        try:
+            same = key.fingerprint == seen[key]
+        except OSError:
+            same = False
+        if not same:
+            raise FileChangedError(
+                f"{key.name} changed during the computation: run it again once nobody writes to it"
+            )
 
 
 def fingerprints(root: OpNode) -> dict[FileKey, Any]:

@@ -30,6 +30,7 @@ from .expression import (
     ValueNode,
     describe,
     files_under,
+    walk,
 )
 from .inputs import path_of, value_node
 from .layout import layout_of
@@ -99,7 +100,7 @@ class LazyReadData(ArrayLike):
         path = path_of(data_or_filename)
         if path is None:
             self.filename = kwargs.pop("filename", None)
-            self._node: Node = value_node(data_or_filename, self.filename or "")
+            self._node: Node = self._charged(value_node(data_or_filename, self.filename or ""))
             return
         options = {**(read_options or {}), **kwargs}
         if allocator_context is not None:
@@ -141,7 +142,11 @@ class LazyReadData(ArrayLike):
             value = result.value
             if value is not None:
                 return value
-        value, result = execute.compute([node], self._use())[0]
+        try:
+            value, result = execute.compute([node], self._use())[0]
+        except AttributeError as error:
+            # Python would take it for a missing attribute of the proxy, and drop it.
+            raise RuntimeError(f"{describe(node)}: {error}") from error
         if result is not None and node is self._node:
             self._result = result
         return value
@@ -310,6 +315,9 @@ class LazyReadData(ArrayLike):
         # Copying, pickling, NumPy and notebooks ask for names with underscores: they never load.
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if hasattr(type(self), name):
+            # Python asks here when a property raised an AttributeError, which it dropped.
+            raise AttributeError(f"{name!r} of {self!r} can't be had")
         return getattr(self.data, name)
 
     def __repr__(self) -> str:
@@ -354,13 +362,20 @@ class LazyReadData(ArrayLike):
         other = object.__new__(LazyReadData)
         other._cache, other._grid = self._cache, self._grid
         other._made_in = self._made_in
-        other._node, other._result = node, None
+        other._node, other._result = self._charged(node), None
         other.allocator_context = other.read_options = other.reader = None
         other.kwargs, other.filename = {}, self.filename
         return other
 
     def _become(self, node: Node) -> None:
-        self._node, self._result = node, None
+        self._node, self._result = self._charged(node), None
+
+    def _charged(self, node: Node) -> Node:
+        """``node``, whose arrays were copied when it was made: they count from now on."""
+        for part in (node, *node.operands):
+            if isinstance(part, ValueNode) and isinstance(part.value, np.ndarray):
+                execute.adopt(part, self._use())
+        return node
 
     def _part(self, index: tuple[Any, ...]) -> Node | None:
         node = self._node
@@ -427,4 +442,6 @@ def _restore(
     proxy._result = None
     proxy.__dict__.update(attributes)
     proxy._node = unpack(packed)
+    for node in walk([proxy._node]):
+        proxy._charged(node)
     return proxy

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .expression import FileNode, Node, OpNode, ValueNode, frozen, walk
 from .source import file_key
@@ -27,7 +28,7 @@ def pack(root: Node) -> Recipe:
                 recipe.append(_file(node.whole, places))
             recipe.append(_file(node, places))
         elif isinstance(node, ValueNode):
-            value = node.value
+            value = _flat(node.value)
             recipe.append(("value", value, node.name, node.affine, node.header))
         else:
             assert isinstance(node, OpNode)
@@ -48,6 +49,32 @@ def _file(node: FileNode, places: dict[Node, int]) -> tuple[Any, ...]:
             known)  # fmt: skip
 
 
+class _Flat(NamedTuple):
+    """An array as its bytes: NumPy's own pickles lose the order of bytes, and of most axes."""
+
+    data: NDArray[np.uint8]
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+
+def _flat(value: Any) -> Any:
+    if type(value) is not np.ndarray or value.dtype.hasobject:
+        return value
+    strides = value.strides
+    axes = tuple(sorted(range(value.ndim), key=lambda axis: -abs(strides[axis])))
+    ordered = np.ascontiguousarray(value.transpose(axes))
+    data = ordered.reshape(-1).view(np.uint8)
+    return _Flat(data, value.dtype, value.transpose(axes).shape, axes)
+
+
+def _unflat(value: Any) -> Any:
+    if isinstance(value, _Flat):
+        ordered = value.data.view(value.dtype).reshape(value.shape)
+        value = ordered.transpose(np.argsort(value.axes))
+    return frozen(value) if isinstance(value, np.ndarray) else value
+
+
 def unpack(recipe: Recipe) -> Node:
     """The node that was packed."""
     nodes: list[Node] = []
@@ -60,9 +87,7 @@ def unpack(recipe: Recipe) -> Node:
             nodes.append(FileNode(key, nops, reader, base, index, known))
         elif kind == "value":
             value, *rest = fields
-            if isinstance(value, np.ndarray):  # a pickle makes it writeable
-                value = frozen(value)
-            nodes.append(ValueNode(value, *rest))
+            nodes.append(ValueNode(_unflat(value), *rest))
         else:
             op, operands, args, kwargs, location, grid = fields
             operand_nodes = tuple(nodes[place] for place in operands)

@@ -150,6 +150,19 @@ def nbytes_of(value: Any) -> int:
     return meter.total
 
 
+def memory_in(value: Any) -> list[tuple[Any, int]]:
+    """The owners of the arrays inside a value that is no array, with the bytes of each.
+
+    Somebody may hold one of them without the value. Only those whose death can be told.
+    """
+    if isinstance(value, np.ndarray | memoryview | bytes | bytearray):
+        return []
+    meter = _Meter()
+    meter.walk(value)
+    owners = ((meter._seen[ident], nbytes) for ident, nbytes in meter._charged.items())
+    return [(owner, nbytes) for owner, nbytes in owners if type(owner).__weakrefoffset__]
+
+
 class _Meter:
     """The sum over everything reached so far; every object and every owner of memory once."""
 

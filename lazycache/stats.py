@@ -27,6 +27,11 @@ class CacheStats:
     ``releases``: entries dropped because their ``nops`` were used up or they were released.
     ``overcommits``: times the budget was exceeded because nothing more could be freed.
     ``waits``: requests that waited for memory.
+    ``joins``: requests for what was just being loaded for somebody else, or ahead of use.
+    ``recalls``: evicted data that somebody still held, taken back without a read.
+    ``cancelled``: preloads that were stopped, because their room was needed or their loop ended.
+    ``abandoned``: loads that ended without data or error, because who asked for them had failed
+    or was interrupted; whoever else had asked started them again.
     ``peak_bytes``: the most that was ever in use.
     ``untracked_bytes``: bytes dropped that can't be proved to be free, because their type can't be
     weakly referenced.
@@ -44,6 +49,10 @@ class CacheStats:
     releases: int = 0
     overcommits: int = 0
     waits: int = 0
+    joins: int = 0
+    recalls: int = 0
+    cancelled: int = 0
+    abandoned: int = 0
     peak_bytes: int = 0
     untracked_bytes: int = 0
 
@@ -80,6 +89,10 @@ class Counters:
     releases: int
     overcommits: int
     waits: int
+    joins: int
+    recalls: int
+    cancelled: int
+    abandoned: int
     untracked_bytes: int
 
     def __init__(self) -> None:

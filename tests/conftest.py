@@ -16,6 +16,12 @@ settings.register_profile("lazycache", deadline=None)
 settings.load_profile("lazycache")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--storm-seconds", type=float, default=4.0, help="how long each storm of threads lasts"
+    )
+
+
 @pytest.fixture(autouse=True)
 def whole_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After each test every cache is whole, nothing is under way, and the global one is new."""

@@ -152,6 +152,7 @@ class Blocked:
     def __init__(self, cache: DataCache) -> None:
         self._blocked = _Announced()
         table_of(cache).blocked = self._blocked
+        self.told = self._blocked.told  # gets the identity of each thread that begins to wait
 
     def wait_for(self, *threads: Running) -> None:
         """Wait until each of ``threads`` has begun to wait in the cache."""

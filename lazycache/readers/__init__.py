@@ -57,8 +57,8 @@ def register_reader(reader: Reader) -> None:
         _registered = (reader, *others)
 
 
-def reader_for(path: str, name: str | None = None) -> Reader:
-    """The reader called ``name``, or the first that takes ``path``.
+def reader_for(path: str, name: str | None = None, *, without: Reader | None = None) -> Reader:
+    """The reader called ``name``, or the first that takes ``path`` but for ``without``.
 
     Raises `UnknownFormatError` where there is none, or what is wrong with the file itself.
     """
@@ -69,7 +69,7 @@ def reader_for(path: str, name: str | None = None) -> Reader:
         known = ", ".join(sorted({reader.name for reader in _all()}))
         raise UnknownFormatError(f"{path}: no reader is called {name!r}; there are {known}")
     for reader in _all():
-        if _takes(reader, path):
+        if reader is not without and _takes(reader, path):
             return reader
     check_file(path)
     raise UnknownFormatError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 import struct
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from .streams import Stream
 
 _MAGIC = b"\x93NUMPY"
 _LONGEST_HEADER = 1 << 20
+_TRIES = 100
 _PYTHON_2_LONG = re.compile(r"(\d)L\b")
 
 
@@ -132,7 +134,7 @@ def _parse(
         text = raw.decode("utf8" if major > 2 else "latin1")
         if major < 3:
             text = _PYTHON_2_LONG.sub(r"\1", text)
-        fields = ast.literal_eval(text)
+        fields = _literal(text)
         shape = tuple(int(size) for size in fields["shape"])
         dtype = np.lib.format.descr_to_dtype(fields["descr"])
         order = fields["fortran_order"]
@@ -153,6 +155,18 @@ def _parse(
         order="F" if order else "C",
         open=opener,
     )
+
+
+def _literal(text: str) -> Any:
+    """The value of a Python literal.
+
+    Python 3.11 counts the depth of the syntax tree for all threads together, and raises
+    SystemError when another one gets in between: then again.
+    """
+    for _ in range(_TRIES):
+        with contextlib.suppress(SystemError):
+            return ast.literal_eval(text)
+    return ast.literal_eval(text)
 
 
 class _MemberStream(Stream):

@@ -97,6 +97,11 @@ def checkpoint() -> None:
         raise LoadCancelled
 
 
+def outer_cancelled() -> Callable[[], bool]:
+    """What `checkpoint` of this thread asks now, for a reader that puts something around it."""
+    return _local.cancelled or (lambda: False)
+
+
 @contextmanager
 def cancellable(cancelled: Callable[[], bool]) -> Iterator[None]:
     """Make `checkpoint` of this thread ask ``cancelled`` for the length of the block."""
