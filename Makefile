@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test stress lint demo bench clean
+.PHONY: test stress mutants lint demo bench clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -11,6 +11,9 @@ test: lint
 stress: $(VENV)/dev
 	$(BIN)/python -m pytest tests/test_storm.py tests/test_storm_public.py \
 		--storm-seconds 60 --timeout 600
+
+mutants: $(VENV)/dev
+	$(BIN)/python tests/mutants/run.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
