@@ -103,10 +103,16 @@ def _waits(frame: FrameType) -> set[Hashable]:
     """The threads, futures and jobs of pools that some call in the stack of ``frame`` is about."""
     found: set[Hashable] = set()
     for caller in _callers(frame, _WAITING):
-        about = caller.f_locals.get("self")
+        name = caller.f_code.co_name
         # A thread's own first calls are about itself.
-        if caller.f_code.co_name not in ("run", "_bootstrap", "_bootstrap_inner"):
-            found.update((id(about), ("job", getattr(about, "_job", None))))
+        if name in ("run", "_bootstrap", "_bootstrap_inner"):
+            continue
+        values = caller.f_locals
+        about = values.get("self")
+        found.update((id(about), ("job", getattr(about, "_job", None))))
+        if name in ("wait", "as_completed") and about is None:
+            for some in ("fs", "not_done", "pending"):
+                found.update(id(future) for future in values.get(some) or ())
     return found
 
 
@@ -114,7 +120,13 @@ def _ends(frame: FrameType, ident: int) -> set[Hashable]:
     """The thread that ``frame`` runs in, and what it will be the result of."""
     found: set[Hashable] = {id(threading._active.get(ident))}  # type: ignore[attr-defined]
     for caller in _callers(frame, _WORKING):
-        item, job = caller.f_locals.get("self"), caller.f_locals.get("job")
+        if caller.f_code.co_name not in ("run", "worker"):
+            continue
+        values = caller.f_locals
+        item, job = values.get("self"), values.get("job")
+        if sys.version_info < (3, 13):
+            # A copy that the frame keeps, and with it what each task was given and gave.
+            values.clear()
         found.add(id(getattr(item, "future", caller)))
         if job is not None:
             found.add(("job", job))

@@ -58,8 +58,7 @@ class Operation:
         request.operands = {key: key.estimate()[1] for key in dict.fromkeys(self._order)}
         # With one or two operands there is nothing to read ahead of.
         wants = list(request.operands.items()) if len(request.operands) > 2 else []
-        if wants:
-            table.pool.look_at_machine()
+        table.pool.look_at_machine()
 
         def attempt(after: After) -> Verdict:
             if use.scope.closed:

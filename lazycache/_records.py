@@ -156,11 +156,12 @@ class Entry:
 class Ghost:
     """What was evicted while somebody may still refer to its memory."""
 
-    __slots__ = ("_garbage", "owner", "recall")
+    __slots__ = ("_garbage", "lent", "owner", "recall")
 
     def __init__(self, entry: Entry, garbage: Garbage) -> None:
         self._garbage = weakref.ref(garbage)
         self.owner = entry.owner
+        self.lent: list[tuple[Any, int]] = []  # its parts, that are charged on their own meanwhile
         self.recall = _buffers.recall(entry.value)
 
     @property

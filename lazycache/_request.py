@@ -105,7 +105,10 @@ def _queue(table: Table, request: Request) -> None:
     if request.waiter is None:
         request.waiter = Waiter(request.thread)
         tickets = table.nested if request.nested else table.fresh
-        tickets.append(weakref.ref(request.waiter))
+        # Before the one of a wait that this, a signal handler or finalizer, interrupted.
+        there = [waiter for ref in tickets if (waiter := ref()) is not None and not waiter.left]
+        inner = any(waiter.thread == request.thread for waiter in there)
+        (tickets.appendleft if inner else tickets.append)(weakref.ref(request.waiter))
     table.changed = True
 
 
@@ -119,7 +122,9 @@ def _leave_queue(table: Table, request: Request) -> None:
 def _my_turn(table: Table, request: Request) -> bool:
     if request.nested:
         return True
-    return table.first() in (None, request.waiter)
+    first = table.first()
+    # Its own thread's: this is a signal handler, or a finalizer, that interrupted that wait.
+    return first is None or first is request.waiter or first.thread == request.thread
 
 
 def obtain(table: Table, request: Request, need: int, room: int, after: After) -> Verdict:

@@ -28,6 +28,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
+from . import _buffers
 from ._accounts import Accounts
 from ._flight import Flight
 from ._frames import warn
@@ -317,6 +318,16 @@ class Table:
         if value is None or ghost.owner.charge not in self.accounts.charges:
             return None
         entry = Entry(key, value, ghost.owner, ghost.owner.charge.scope)
+        for recall, nbytes in ghost.lent:
+            part = None if recall is None else recall()
+            held = self.accounts.owners.get(id(_buffers.owner_of(part)))
+            if part is not None and held is not None and held.entries == 0:
+                # Evicted with the value again.
+                charge = entry.owner.charge
+                self.accounts.recharge(charge, nbytes=charge.nbytes + nbytes)
+                self.accounts.bury(held)
+                entry.parts.append((part, nbytes))
+        entry.nbytes = entry.owner.charge.nbytes
         self._settle_in(entry)
         entry.scope.counters.recalls += 1
         return entry
@@ -391,10 +402,12 @@ class Table:
         owner.entries -= 1
         after.garbage.bytes.append((entry.scope, entry.nbytes))
         after.garbage.values.append(entry.value)
+        lent: list[tuple[Any, int]] = []
         while entry.parts and owner.entries == 0:
             # Whoever holds one of them, and not the value, keeps its memory.
             # First charged anew: an interrupt in between leaves too much charged, never too little.
             part, nbytes = entry.parts[-1]
+            lent.append((_buffers.recall(part), nbytes))
             self.accounts.track(part, nbytes, entry.scope, "held", key.name)
             self.accounts.recharge(owner.charge, nbytes=max(0, owner.charge.nbytes - nbytes))
             after.garbage.values.append(part)
@@ -408,6 +421,7 @@ class Table:
             self.accounts.recharge(owner.charge, kind="held")
         if owner.ref is not None and not entry.stale:
             ghost = Ghost(entry, after.garbage)
+            ghost.lent = lent
             if ghost.recall is not None:
                 self.ghosts[key] = ghost
                 owner.ghosts.add(key)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import atexit
 import contextvars
+import importlib
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -157,7 +159,7 @@ class DataCache:
     def __del__(self) -> None:
         # A table is part of reference cycles: without this, the data of a cache that was dropped
         # without `close` would wait for the garbage collector.
-        if getattr(self, "_table", None) is not None:
+        if getattr(self, "_table", None) is not None and not sys.is_finalizing():
             self.close()
 
     def clear(self) -> None:
@@ -507,9 +509,16 @@ def _stop_preloading() -> None:
 
 
 _locked: list[Table] = []
+_IMPORTED_LATE = {"psutil", "nibabel", "isal", "h5py", "tqdm"}
 
 
 def _before_fork() -> None:
+    # A module that another thread is importing would stay locked in the child for ever.
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in _IMPORTED_LATE and getattr(
+            getattr(module, "__spec__", None), "_initializing", False
+        ):
+            importlib.import_module(name)
     # What a section of another thread leaves half done could not be told from the truth in the
     # child. Sections are short; a fork that waits for longer goes on.
     _locked[:] = [table for table in list(_tables) if table.lock.acquire(timeout=1.0)]

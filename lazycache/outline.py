@@ -10,6 +10,7 @@ part of a file is replaced by a cut from the whole where that needs no reading.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import contextvars
 import queue
 from collections import deque
@@ -290,10 +291,13 @@ def _share_out(look: Callable[[FileKey], None], keys: Iterable[FileKey]) -> None
             ended.put(None)
 
     try:
-        for _ in range(_PROBING_THREADS - 1):
-            _thread.start_new_thread(contextvars.copy_context().run, (work,))
+        working = 1
+        with contextlib.suppress(RuntimeError):  # no more threads: with those that there are
+            for _ in range(_PROBING_THREADS - 1):
+                _thread.start_new_thread(contextvars.copy_context().run, (work,))
+                working += 1
         work()
-        for _ in range(_PROBING_THREADS):
+        for _ in range(working):
             ended.get()
     finally:
         left.clear()

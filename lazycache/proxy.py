@@ -18,6 +18,7 @@ from numpy.typing import DTypeLike
 
 from . import cache as caches
 from . import execute, writing
+from ._buffers import LARGE
 from .arraylike import ArrayLike
 from .cache import DataCache
 from .expression import (
@@ -371,9 +372,12 @@ class LazyReadData(ArrayLike):
         self._node, self._result = self._charged(node), None
 
     def _charged(self, node: Node) -> Node:
-        """``node``, whose arrays were copied when it was made: they count from now on."""
+        """``node``, whose arrays were copied when it was made: they count from now on.
+
+        Small ones from when it is computed: to charge one costs more than to make it.
+        """
         for part in (node, *node.operands):
-            if isinstance(part, ValueNode) and isinstance(part.value, np.ndarray):
+            if isinstance(part, ValueNode) and getattr(part.value, "nbytes", 0) >= LARGE:
                 execute.adopt(part, self._use())
         return node
 

@@ -59,7 +59,7 @@ class _Flat(NamedTuple):
 
 
 def _flat(value: Any) -> Any:
-    if type(value) is not np.ndarray or value.dtype.hasobject:
+    if type(value) is not np.ndarray or value.dtype.hasobject or not value.dtype.itemsize:
         return value
     strides = value.strides
     axes = tuple(sorted(range(value.ndim), key=lambda axis: -abs(strides[axis])))

@@ -371,6 +371,21 @@ def test_bytes_come_back_when_the_last_view_dies(cache: DataCache) -> None:
     assert not cache.holds(key)
 
 
+def test_a_value_of_several_arrays_that_is_taken_back_can_be_evicted_again() -> None:
+    class Several:
+        def __init__(self) -> None:
+            self.parts = [np.zeros(2 * UNIT, np.uint8), np.zeros(UNIT, np.uint8)]
+
+    cache = DataCache(6 * UNIT, strict=True)
+    key = Made("several", 4 * UNIT, make=Several)
+    value = cache.load(key)
+    cache.release(key)
+    assert cache.load(key) is value
+    del value
+    cache.load(Made("another", 5 * UNIT))
+    assert (key.loads, cache.used) == (1, 5 * UNIT)
+
+
 def test_a_value_without_weak_references_counts_as_free_when_it_is_dropped(
     cache: DataCache,
 ) -> None:

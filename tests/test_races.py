@@ -4,7 +4,9 @@ import gc
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from support import (
     using,
 )
 
+from lazycache import _operation
 from lazycache.cache import DataCache
 from lazycache.errors import BudgetExceededError, BudgetExceededWarning, LoadCycleError
 from lazycache.readers.base import checkpoint
@@ -579,6 +582,73 @@ def test_readers_in_a_circle_through_three_threads_get_an_error(cache: DataCache
 
 
 # Preloading
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda future: wait([future]),
+        lambda future: list(as_completed([future])),
+        lambda future: future.exception(),
+    ],
+    ids=["wait", "as_completed", "exception"],
+)
+def test_a_reader_that_waits_for_an_executor_to_ask_for_its_own_data_gets_an_error(
+    cache: DataCache, wait: Callable[[Any], object]
+) -> None:
+    key = Made("a")
+    errors: list[BaseException | None] = []
+
+    def ask() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(load, cache, key)
+            wait(future)
+            errors.append(future.exception())
+
+    key.during = ask
+    assert load(cache, key) == 0
+    assert isinstance(errors[0], LoadCycleError)
+
+
+def test_looking_for_circles_keeps_nothing_of_others_alive(cache: DataCache) -> None:
+    gate, looked = Gate(), threading.Event()
+    slow = Made("slow", during=gate)
+    with ThreadPoolExecutor(1) as pool:
+
+        class Data:
+            pass
+
+        def task(data: Data) -> Data:
+            looked.wait(SOON)
+            return Data()
+
+        data = Data()
+        alive = weakref.ref(data)
+        future = pool.submit(task, data)
+        reading = Running(load, cache, slow)
+        gate.reached()
+        waiting = Running(load, cache, slow)
+        with pytest.MonkeyPatch.context() as patch:
+            seen = threading.Event()
+            look = _operation.waits_for
+
+            def tell(*args: Any) -> bool:
+                try:
+                    return look(*args)
+                finally:
+                    seen.set()
+
+            patch.setattr(_operation, "waits_for", tell)
+            assert seen.wait(SOON)
+        looked.set()
+        result = weakref.ref(future.result())
+        gate.open()
+        assert reading.result() == waiting.result() == 0
+        del data, future
+        pool.submit(int).result()
+        gc.collect()
+        assert alive() is None
+        assert result() is None
 
 
 def test_what_a_loop_wants_is_loaded_ahead_of_it(cache: DataCache) -> None:

@@ -27,7 +27,7 @@ from test_interrupts import CORE, MORE, SMALL, Loop, World, firsts, hit, look
 
 import lazycache as lc
 from lazycache.cache import DataCache, get_cache, set_budget
-from lazycache.errors import CacheBusyError
+from lazycache.errors import BudgetExceededWarning, CacheBusyError
 from lazycache.proxy import LazyReadData
 from lazycache.source import Key
 
@@ -556,3 +556,29 @@ print(first.used)
 """
     )
     assert told == "0"
+
+
+def test_a_finalizer_that_runs_while_its_thread_waits_for_memory_goes_before_it() -> None:
+    # The collection that a short request asks for runs it: behind the ticket of its own thread it
+    # would wait for ever.
+    cache = DataCache(2 * UNIT, strict=False)
+    found: list[int] = []
+
+    class Asks:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            found.append(load(cache, Made("second", fill=2)))
+
+    held = cache.load(Made("held", 2 * UNIT))
+    gc.disable()
+    try:
+        Asks()
+        with pytest.warns(BudgetExceededWarning):
+            assert load(cache, Made("first", fill=1)) == 1
+    finally:
+        gc.enable()
+    assert found == [2]
+    del held
+    cache.check()
