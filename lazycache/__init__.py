@@ -67,12 +67,15 @@ from .functions import (
     var,
     where,
 )
+from .pairing import pairs
+from .plan import Plan, explain
 from .preload import PreloadIterator, PreloadList, glob
 from .proxy import LazyReadData
 from .readers import register_reader
 from .results import compute, save_all
 from .sizes import register_size
 from .stats import CacheStats, Event, Holder
+from .voxels import map_voxels
 
 load = LazyReadData
 
@@ -95,6 +98,7 @@ __all__ = [
     "LazyCacheWarning",
     "LazyReadData",
     "LoadCycleError",
+    "Plan",
     "PluginWarning",
     "PreloadIterator",
     "PreloadList",
@@ -113,6 +117,7 @@ __all__ = [
     "count",
     "evaluate",
     "exp",
+    "explain",
     "floor",
     "get_cache",
     "glob",
@@ -122,6 +127,7 @@ __all__ = [
     "log",
     "log2",
     "log10",
+    "map_voxels",
     "max",
     "maximum",
     "mean",
@@ -134,6 +140,7 @@ __all__ = [
     "nanstd",
     "nansum",
     "nanvar",
+    "pairs",
     "percentile",
     "register_reader",
     "register_size",

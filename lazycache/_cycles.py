@@ -29,6 +29,9 @@ _WAITING = frozenset({"threading", "concurrent.futures._base", "multiprocessing.
 _WORKING = frozenset({"concurrent.futures.thread", "multiprocessing.pool"})
 
 _reading: ContextVar[tuple[Flight, ...]] = ContextVar("lazycache_reading", default=())
+# The thread that waits for what is done in this context, where another does that: it releases
+# nothing before.
+served: ContextVar[int | None] = ContextVar("lazycache_served", default=None)
 
 
 @contextmanager

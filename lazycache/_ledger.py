@@ -8,8 +8,13 @@ The life of a key in a `Ledger`:
    ``recent`` (it may be used again, nobody knows when), or ``planned`` (its next use is known).
 3. `touch` makes it the most recently used of its kind.
 4. `remove` takes it out, because it is in use again or gone.
-5. `pop` names the next victim and takes it out: spent, then unreferenced, then recent, each from
-   the least recently used on; then planned, from the farthest next use on.
+5. `pop` names the next victim and takes it out: spent, from the loop or plan that has been quiet
+   for longest on, and of each the most recently used first; then unreferenced, then recent, each
+   from the least recently used on; then planned, from the farthest next use on.
+
+A loop that comes again comes in the same order: what it has just passed is what the next round
+wants last. So rounds over more data than fit keep some of them and read the rest again, where the
+least recently used would be read every time just after it had gone.
 
 Recency is kept by `cachetools.LRUCache`s weighed in bytes. They are unbounded themselves: the
 cache decides when something must go, they decide which. `Schedule` turns the order in which keys
@@ -20,9 +25,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeAlias, TypeVar
 
 from cachetools import LRUCache
 
@@ -81,6 +86,44 @@ class _Recency(Generic[K]):
         return self._first[0]
 
 
+class _Rounds(Generic[K]):
+    """Keys that rounds have passed, weighed in bytes: the latest of the quietest round first."""
+
+    __slots__ = ("_round_of", "_rounds", "nbytes")
+
+    tier: Tier = "spent"
+
+    def __init__(self) -> None:
+        # Rounds from the quietest on, each with its keys and their bytes in the order of their use.
+        self._rounds: OrderedDict[Hashable, dict[K, int]] = OrderedDict()
+        self._round_of: dict[K, Hashable] = {}
+        self.nbytes = 0
+
+    def add(self, key: K, nbytes: int, of: Hashable) -> None:
+        self._round_of[key] = of
+        self._rounds.setdefault(of, {})[key] = nbytes
+        self._rounds.move_to_end(of)
+        self.nbytes += nbytes
+
+    def touch(self, key: K) -> None:
+        of = self._round_of[key]
+        keys = self._rounds[of]
+        keys[key] = keys.pop(key)
+        self._rounds.move_to_end(of)
+
+    def discard(self, key: K) -> None:
+        of = self._round_of.pop(key)
+        keys = self._rounds[of]
+        self.nbytes -= keys.pop(key)
+        if not keys:
+            del self._rounds[of]
+
+    def peek(self) -> K | None:
+        for keys in self._rounds.values():
+            return next(reversed(keys))
+        return None
+
+
 class _NextUse(Generic[K]):
     """Keys from the farthest next use on, weighed in bytes: a heap with stale entries."""
 
@@ -123,17 +166,26 @@ class _NextUse(Generic[K]):
         return None
 
 
+_Kind: TypeAlias = _Rounds[K] | _Recency[K] | _NextUse[K]
+
+
 class Ledger(Generic[K]):
     """The entries of one scope that nobody is using, in the order in which they would go."""
 
-    __slots__ = ("_next_use", "_recency", "_where")
+    __slots__ = ("_kinds", "_next_use", "_recency", "_spent", "_where")
 
     def __init__(self) -> None:
+        self._spent: _Rounds[K] = _Rounds()
         self._recency: dict[Tier, _Recency[K]] = {
-            tier: _Recency(tier) for tier in TIERS if tier != "planned"
+            tier: _Recency(tier) for tier in ("unreferenced", "recent")
         }
         self._next_use: _NextUse[K] = _NextUse()
-        self._where: dict[K, _Recency[K] | _NextUse[K]] = {}
+        self._kinds: dict[Tier, _Kind[K]] = {
+            "spent": self._spent,
+            **self._recency,
+            "planned": self._next_use,
+        }
+        self._where: dict[K, _Kind[K]] = {}
 
     def __len__(self) -> int:
         return len(self._where)
@@ -144,15 +196,23 @@ class Ledger(Generic[K]):
     @property
     def nbytes(self) -> int:
         """The bytes of all entries that could go."""
-        return self._next_use.nbytes + sum(tier.nbytes for tier in self._recency.values())
+        return sum(kind.nbytes for kind in self._kinds.values())
 
-    def put(self, key: K, nbytes: int, tier: Tier, next_use: int | None = None) -> None:
-        """File an entry that nobody uses any more; ``next_use`` goes with ``planned``."""
+    def put(
+        self, key: K, nbytes: int, tier: Tier, next_use: int | None = None, of: Hashable = None
+    ) -> None:
+        """File an entry that nobody uses any more.
+
+        ``next_use`` goes with ``planned``; ``of``, the loop or plan that has passed it, with
+        ``spent``. Without it the entry stands alone.
+        """
         self.remove(key)
-        self._where[key] = self._next_use if tier == "planned" else self._recency[tier]
+        self._where[key] = self._kinds[tier]
         if tier == "planned":
             assert next_use is not None
             self._next_use.add(key, nbytes, next_use)
+        elif tier == "spent":
+            self._spent.add(key, nbytes, key if of is None else of)
         else:
             self._recency[tier].add(key, nbytes)
 
@@ -177,7 +237,7 @@ class Ledger(Generic[K]):
     def peek(self, tiers: Iterable[Tier] = TIERS) -> tuple[int, K] | None:
         """(rank of its tier, key) of the next victim among ``tiers``, or None."""
         for tier in tiers:
-            key = self._next_use.peek() if tier == "planned" else self._recency[tier].peek()
+            key = self._kinds[tier].peek()
             if key is not None:
                 return TIERS.index(tier), key
         return None
@@ -198,6 +258,12 @@ class Ledger(Generic[K]):
     def check(self) -> None:
         """Assert that every part tells the same story; for tests."""
         seen: dict[K, Tier] = dict.fromkeys(self._next_use._live, "planned")
+        seen.update(dict.fromkeys(self._spent._round_of, "spent"))
+        assert not self._spent._round_of.keys() & self._next_use._live.keys()
+        rounds = self._spent._rounds
+        assert {key: of for of, keys in rounds.items() for key in keys} == self._spent._round_of
+        assert all(rounds.values())
+        assert self._spent.nbytes == sum(sum(keys.values()) for keys in rounds.values())
         for tier, recency in self._recency.items():
             keys = list(recency._lru)
             if recency._first is not None:
@@ -244,6 +310,10 @@ class Schedule(Generic[K]):
     def next_use(self, key: K) -> int | None:
         uses = self._uses.get(key)
         return uses[0] if uses else None
+
+    def use_after(self, key: K, position: int) -> int | None:
+        """The first use of ``key`` after ``position``, or None."""
+        return next((use for use in self._uses.get(key, ()) if use > position), None)
 
     def remaining(self) -> list[K]:
         """The keys that have uses left."""

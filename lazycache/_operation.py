@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from . import _buffers
-from ._cycles import PATIENCE, is_alive, leads_to, waits_for
+from ._cycles import PATIENCE, is_alive, leads_to, served, waits_for
 from ._flight import AbandonedError, Flight, Joiner, error_for_another
 from ._ledger import Schedule
 from ._records import After, Entry, Scope, Stream, Use
@@ -54,7 +54,7 @@ class Operation:
 
     def __enter__(self) -> Operation:
         table, use = self._table, self._use
-        request = Request(use.scope, use.label, nested=_runs_here(table))
+        request = Request(use.scope, use.label, nested=runs_here(table))
         request.operands = {key: key.estimate()[1] for key in dict.fromkeys(self._order)}
         # With one or two operands there is nothing to read ahead of.
         wants = list(request.operands.items()) if len(request.operands) > 2 else []
@@ -95,7 +95,7 @@ class Operation:
                 # would lie idle, over the budget perhaps, once its holder lets go.
                 entry = table.entries.get(key)
                 if entry is not None and entry.pins == 0:
-                    entry.spent = False
+                    entry.spent = None
                     table.file(entry, after)
         if wants:
             assert use.schedule is not None
@@ -305,9 +305,9 @@ class Operation:
         return value
 
 
-def _runs_here(table: Table) -> bool:
-    me = threading.get_ident()
-    return any(use.thread == me and not use.pinned for use in list(table.uses))
+def runs_here(table: Table) -> bool:
+    here = threading.get_ident(), served.get()
+    return any(use.thread in here and not use.pinned for use in list(table.uses))
 
 
 def _cycle_at(flight: Flight) -> LoadCycleError:

@@ -421,7 +421,9 @@ class Pool:
                 return False
             if not full.isdisjoint(levels):
                 return False
-            lacking = [level for level in levels if level.used + peak > level.budget]
+            lacking = [
+                level for level in levels if level.used + peak + stream.leaves(level) > level.budget
+            ]
             if lacking or not self._machine_has(peak):
                 full.update(lacking or levels)
                 for level in lacking:
@@ -444,7 +446,7 @@ class Pool:
             ghost = table.ghosts.get(key)
             return ghost is not None and ghost.value() is not None
         if entry.pins == 0:
-            entry.spent = False
+            entry.spent = None
             table.file(entry, after)
         return True
 
@@ -466,6 +468,8 @@ class Pool:
         """Send away what nobody is known to want, or wants later than this."""
         table = self.table
         short = level.used - table.dying(level) - after.garbage.dying(level)
-        short += peak - level.budget
+        short += peak + stream.leaves(level) - level.budget
         short = make_room(table, level, short, after, IDLE)
-        make_room(table, level, short, after, ("planned",), stream.schedule.next_use(key))
+        if stream.npreload:
+            # Not for a plan: what it keeps was foretold, and going now it would be read once more.
+            make_room(table, level, short, after, ("planned",), stream.patience(key))

@@ -11,6 +11,11 @@ from ._records import After, Scope, Stream
 from ._table import Table
 from .source import Key
 
+# Where most of what a loop uses is in memory already, what is loaded ahead takes the place of what
+# the next round would find. Each use that it runs ahead by costs one more read in as many as there
+# are uses, so it runs ahead by no more than one in this many.
+_SPARING = 25
+
 
 class Preloading:
     """The loads that one loop wants ahead; `consumer` is the object whose death ends it.
@@ -21,6 +26,8 @@ class Preloading:
 
     def __init__(self, table: Table, scope: Scope, consumer: Any, npreload: int) -> None:
         self._table = table
+        self._expected = 0
+        self._there = 0  # how many of those were in memory when they became known
         schedule: Schedule[Key] = Schedule(table.uses_clock)
         self._stream = Stream(scope, schedule, npreload, contextvars.copy_context())
         ref = table.watch(self._stream, consumer)
@@ -38,14 +45,20 @@ class Preloading:
         def work(after: After) -> None:
             for key in keys:
                 stream.schedule.append(key)
+                self._expected += 1
                 entry = table.entries.get(key)
+                self._there += entry is not None
                 if entry is not None and entry.pins == 0:
                     table.file(entry, after)
 
         table.soon(work)
 
-    def want(self, keys: Iterable[Key]) -> None:
-        """Load these expected keys, and no others, as soon as there is room. Reads headers."""
+    def want(self, keys: Iterable[Key], now: Iterable[Key] = ()) -> None:
+        """Load these expected keys, and no others, as soon as there is room. Reads headers.
+
+        They come in the order of their uses, the next one first. ``now`` are those that the loop
+        is using now.
+        """
         stream, table = self._stream, self._table
         peaks: list[tuple[Key, int]] = []
         for key in keys:
@@ -57,7 +70,14 @@ class Preloading:
 
         def work(after: After) -> None:
             stream.wanted.clear()
-            for key, peak in peaks:
+            sparing = 2 * self._there >= self._expected
+            stream.now = tuple(now)
+            free = min(level.budget - level.used for level in stream.scope.chain)
+            for ahead, (key, peak) in enumerate(peaks):
+                if key not in table.entries and key not in table.flights:
+                    free -= peak
+                    if sparing and free < 0 and ahead > self._expected // _SPARING:
+                        break
                 stream.want(key, peak)
 
         table.soon(work)

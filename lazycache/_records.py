@@ -148,7 +148,8 @@ class Entry:
         self.parts: list[tuple[Any, int]] = []
         self.pins = 0
         self.stamp = 0  # when it was last used, on the table's count of uses
-        self.spent = False  # past its last use in the plan or loop that used it
+        # The plan or loop that it is past its last use in.
+        self.spent: Schedule[Key] | None = None
         self.stale = False  # its file changed, or it was released, while it was in use
         self.unasked: Stream | None = None  # preloaded for this stream, and not asked for yet
 
@@ -230,10 +231,12 @@ class Stream:
         "closed",
         "context",
         "failed",
+        "now",
         "npreload",
         "peaks",
         "schedule",
         "scope",
+        "spare",
         "wanted",
     )
 
@@ -246,6 +249,10 @@ class Stream:
         # and the bytes that each takes at its peak.
         self.wanted: list[tuple[int, Key]] = []
         self.peaks: dict[Key, int] = {}
+        # Bytes that requests had to take back from what was loaded ahead: its loop needs them again
+        # at its next step, so that they are left free from then on.
+        self.spare = 0
+        self.now: tuple[Key, ...] = ()  # what a loop is using now, as far as it told
         # Not tried again: the demand for them tells what is wrong, at its own position.
         self.failed: set[Key] = set()
         self.closed = False
@@ -264,6 +271,26 @@ class Stream:
         position = self.schedule.next_use(key)
         if position is not None and key in self.peaks and not self.closed:
             heapq.heappush(self.wanted, (position, key))
+
+    def leaves(self, level: Scope) -> int:
+        """Bytes of ``level`` that nothing is loaded ahead into, though they are free."""
+        return max(0, self.spare - level.by_kind["workspace"])
+
+    def patience(self, key: Key) -> int:
+        """What is used up to this position doesn't go for a load of ``key`` ahead.
+
+        What the loop is using now makes room soon. Where that is wanted again so late that
+        anything else would be missed in less than half the time, the load waits for it.
+        """
+        position = self.schedule.next_use(key)
+        assert position is not None
+        again = (
+            (now + later) // 2
+            for used in self.now
+            if (now := self.schedule.next_use(used)) is not None
+            and (later := self.schedule.use_after(used, position)) is not None
+        )
+        return max([position, *again])
 
     def first_wanted(self) -> Key | None:
         """What is used soonest of what is wanted."""

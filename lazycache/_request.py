@@ -153,7 +153,7 @@ def obtain(table: Table, request: Request, need: int, room: int, after: After) -
     for level, short in lacking:
         short -= table.dying(level) + after.garbage.dying(level)
         if short > 0 and (not others or evictable(level) >= short):
-            make_room(table, level, short, after)
+            make_room(table, level, short, after, requested=True)
     for level, short in crowded:
         if not after.garbage.bytes:
             drop_results(level.tree(), short, after)
@@ -215,6 +215,8 @@ def _cancel_prefetches(table: Table, level: Scope, short: int) -> bool:
         if short <= 0:
             break
         short -= flight.charge.nbytes
+        if flight.stream is not None:
+            flight.stream.spare += flight.charge.nbytes
         freed = freed or flight.thread is None
         table.pool.cancel(flight)
     return freed

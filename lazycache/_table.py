@@ -30,6 +30,7 @@ from typing import Any
 
 from . import _buffers
 from ._accounts import Accounts
+from ._cycles import served
 from ._flight import Flight
 from ._frames import warn
 from ._integrity import repair
@@ -343,7 +344,7 @@ class Table:
         if entry.pins == 0:
             entry.scope.ledger.remove(entry.key)
         entry.pins += 1
-        entry.spent = False
+        entry.spent = None
         entry.unasked = None
         use.entries[entry.key] = entry
         use.counts[entry.key] = use.counts.get(entry.key, 0) + 1
@@ -378,7 +379,7 @@ class Table:
         tier: Tier
         if next_use is not None:
             tier = "planned"
-        elif entry.spent:
+        elif entry.spent is not None:
             tier = "spent"
         elif not key.referenced:
             tier = "unreferenced"
@@ -386,7 +387,7 @@ class Table:
             tier = "recent"
         self.serial += 1
         entry.stamp = self.serial
-        entry.scope.ledger.put(key, entry.nbytes, tier, next_use)
+        entry.scope.ledger.put(key, entry.nbytes, tier, next_use, entry.spent)
 
     def detach(self, entry: Entry, after: After) -> None:
         """Take an entry out; its value is dropped outside the lock and charged until it is dead."""
@@ -461,7 +462,7 @@ class Table:
         self.uses_clock += 1
         entry = self.entries.get(key)
         if schedule.advance(key) and entry is not None:
-            entry.spent = True
+            entry.spent = schedule
 
     def end_schedule(self, schedule: Schedule[Key], after: After) -> None:
         if schedule in self.schedules:
@@ -518,8 +519,9 @@ class Table:
 
     def helpers(self, me: int) -> bool:
         """Whether some other thread runs that will release something without waiting first."""
+        here = me, served.get()
         if any(
-            use.thread != me and not use.pinned and use.thread not in self.blocked
+            use.thread not in here and not use.pinned and use.thread not in self.blocked
             for use in self.uses
         ):
             return True

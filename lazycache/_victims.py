@@ -33,10 +33,11 @@ def make_room(
     after: After,
     tiers: Iterable[Tier] = TIERS,
     later_than: int | None = None,
+    requested: bool = False,
 ) -> int:
     """Detach victims of ``level`` until ``short`` bytes are on their way out.
 
-    Returns the bytes that are still missing.
+    ``requested`` says that an operation needs them now. Returns the bytes that are still missing.
     """
     tiers = tuple(tiers)
     scopes = level.tree()
@@ -49,6 +50,8 @@ def make_room(
         entry.scope.counters.evicted_bytes += entry.nbytes
         after.events.append((entry.scope, Event("evict", entry.key.name, entry.nbytes)))
         short -= entry.nbytes
+        if requested and entry.unasked is not None:
+            entry.unasked.spare += entry.nbytes
         table.detach(entry, after)
     if tiers == TIERS and later_than is None:
         short = drop_results(scopes, short, after)

@@ -23,6 +23,7 @@ from .express import (
     called,
     computed,
     express,
+    is_number,
     node_of,
     proxies_in,
     replaced,
@@ -39,6 +40,8 @@ _REDUCTIONS = {
     "median", "percentile", "quantile", "count_nonzero", "nanmean", "nansum", "nanstd", "nanvar",
     "nanmin", "nanmax", "nanmedian", "nanpercentile",
 }  # fmt: skip
+# Of all elements, block by block where the type allows it.
+_TOTALS = {"mean", "sum", "std", "var", "min", "max", "any", "all", "prod"}
 _VIEWS = {"transpose", "moveaxis", "swapaxes", "squeeze", "expand_dims", "flip"}
 _ALIASES = {"amin": "min", "amax": "max", "around": "round", "concat": "concatenate"}
 _JOINS = {"stack": ops.STACK, "concatenate": ops.CONCATENATE}
@@ -68,12 +71,13 @@ def _reflected(name: str) -> Callable[[Any, Any], Any]:
 
 
 def _inplace(name: str) -> Callable[[Any, Any], Any]:
-    op = ops.INPLACE[name]
+    op, plain = ops.INPLACE[name], ops.BINARY[name]
 
     def method(self: Any, other: Any) -> Any:
         if _declines(other):
             return NotImplemented
-        self._become(node_of(op, (self, other)))
+        # Numbers have no operators in place.
+        self._become(node_of(plain if is_number(self) else op, (self, other)))
         return self
 
     return method
@@ -326,14 +330,23 @@ def _known_function(name: str, args: Any, kwargs: Any) -> Any:
 
 
 def _reduced(name: str, args: Any, kwargs: Any) -> Any:
-    """The expression of a reduction of one proxy over an axis; None for anything else."""
+    """The expression of a reduction of one proxy over an axis, and the value of one over all.
+
+    None for anything else.
+    """
     if name.startswith("arg") and kwargs.get("keepdims") is False:
         return None
     given = _bound(name, args, kwargs)
     data = given.pop("a", None)
-    axis = given.get("axis")
-    if axis is None or not isinstance(data, ArrayLike) or any(True for _ in proxies_in(given)):
+    if not isinstance(data, ArrayLike) or any(True for _ in proxies_in(given)):
         return None
+    if given.get("axis") is None:
+        known = name in _TOTALS and given.keys() <= {"axis", "dtype", "keepdims", "ddof"}
+        if not known:
+            return None
+        if data._has_room():
+            data.data  # noqa: B018, computed once for this and for what is asked of it next
+        return express(ops.reduction(name), (data,), **given).data
     if given.keys() <= {"axis", "dtype", "keepdims", "ddof", "q", "method"}:
         return express(ops.reduction(name), (data,), **given)
     return None

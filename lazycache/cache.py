@@ -25,7 +25,7 @@ from ._closing import close_scope
 from ._frames import warn
 from ._holders import holders
 from ._integrity import after_fork, check
-from ._operation import Operation
+from ._operation import Operation, runs_here
 from ._preloading import Preloading
 from ._records import After, Scope
 from ._table import Table, busy
@@ -302,7 +302,7 @@ class DataCache:
             entry = table.entries.get(key)
             # Past its last planned use, it would stay the first victim: who asks for it anew
             # pins it, which files it anew.
-            if entry is not None and not entry.spent and not table.torn:
+            if entry is not None and entry.spent is None and not table.torn:
                 table.torn = True  # an interrupt may come while the ledger is being changed
                 entry.scope.ledger.touch(key)
                 table.serial += 1
@@ -374,6 +374,42 @@ class DataCache:
                 f"{key.name} changed since it was last read: its old data are dropped",
                 FileChangedWarning,
             )
+
+    def count_load(self, key: Key, nbytes: int, seconds: float) -> None:
+        """Data of ``key`` were read, in blocks that were nowhere kept."""
+        table, scope = self._bind()
+
+        def work(after: After) -> None:
+            scope.counters.misses += 1
+            scope.counters.loads += 1
+            scope.counters.load_seconds += seconds
+            scope.counters.loaded_bytes += nbytes
+            after.events.append((scope, Event("load", key.name, nbytes)))
+
+        table.soon(work)
+
+    def count_failure(self, key: Key) -> None:
+        """Reading data of ``key`` in blocks failed."""
+        table, scope = self._bind()
+
+        def work(after: After) -> None:
+            scope.counters.misses += 1
+            scope.counters.load_failures += 1
+            after.events.append((scope, Event("load_failure", key.name, 0)))
+
+        table.soon(work)
+
+    def obtainable(self) -> int:
+        """The bytes that an operation could have once others let go of what isn't theirs for good.
+
+        Other operations are waited for, but for those that this thread is in.
+        """
+        table, scope = self._bind()
+        free = [level.budget - level.by_kind["held"] for level in scope.chain]
+        if runs_here(table):
+            taken = [level.by_kind["workspace"] for level in scope.chain]
+            free = [left - more for left, more in zip(free, taken, strict=True)]
+        return max(0, min(free))
 
     def used_up(self, handle: Handle, uses: int) -> None:
         """``uses`` executed operators read the data of ``handle``; they go once all are used up."""

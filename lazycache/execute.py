@@ -1,24 +1,28 @@
-"""Expressions computed under a cache: one step after the other, in the order of an `Outline`.
+"""Expressions computed under a cache: one stage after the other, as a `Program` says.
 
-Each step pins the files that it reads, for as long as it runs (or as long as its result is a view
-of one); a temporary goes as soon as the last step that uses it is over, and is written over by
-that step where the value is exactly the same. So ``sum(volumes)`` takes two volumes.
+A step over whole arrays pins the files that it reads, for as long as it runs (or as long as its
+result is a view of one); a temporary goes as soon as the last step that uses it is over, and is
+written over by that step where the value is exactly the same. So ``sum(volumes)`` takes two
+volumes, and where it goes by blocks one.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._buffers import LARGE, let_go, owner_of
+from ._tasks import Threads, end_all
 from .cache import DataCache
 from .expression import (
     FileNode,
+    Info,
     Node,
     OpNode,
     ValueNode,
@@ -27,9 +31,13 @@ from .expression import (
     fill,
     walk,
 )
-from .layout import Layout, infer, layout_of, transient
-from .outline import Outline, check_same, check_unchanged, explain, fingerprints, probe_all
+from .layout import Layout, infer, layout_of
+from .memory import usable_cpus
+from .outline import Outline, annotate, check_same, check_unchanged, fingerprints, probe_all
+from .planning import Planner
+from .program import Stage
 from .source import Key, Result
+from .streaming import BlockRun, Sink
 from .wrapping import Bounds
 
 if TYPE_CHECKING:
@@ -37,29 +45,68 @@ if TYPE_CHECKING:
 
 
 class Computed(NamedTuple):
-    """A value, and the `Result` that keeps it for whoever holds that (None for plain data)."""
+    """A value, and the `Result` that keeps it for whoever holds that (None for plain data).
+
+    Where it was only written to its output as it was computed, there is no value.
+    """
 
     value: Any
     result: Result | None
 
 
-def compute(roots: Sequence[Node], cache: DataCache, label: str = "") -> list[Computed]:
+class Output(Sink, Protocol):
+    """A file that takes the values of a root in blocks, if it ``takes`` what the headers tell.
+
+    It is entered when the first block comes, and `finish` called after the last one; without that,
+    leaving it undoes everything.
+    """
+
+    def takes(self, info: Info) -> bool: ...
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def compute(
+    roots: Sequence[Node],
+    cache: DataCache,
+    label: str = "",
+    outputs: Mapping[Node, Sequence[Output]] = MappingProxyType({}),
+) -> list[Computed]:
     """The values of ``roots``, computed together: what they share is computed once.
+
+    Where they can, roots go to their ``outputs`` while they are computed.
 
     Before the first voxel is read the headers of all files are; errors found there are raised
     with nothing read. An error of a later step says the operation, its operands and the line
     where it was written. After an error nothing is kept, and the expression can be computed again.
     """
     outline = prepare(roots, cache)
+    taking = outputs_taking(outline, outputs)
     # Before anything is read: a change that somebody notices meanwhile is one of other content.
     seen = {root: fingerprints(root) for root in roots if isinstance(root, OpNode)}
-    run = _Run(outline, roots, cache)
+    run = _Run(outline, roots, cache, taking)
     computed = run.execute(label or f"computing {describe(roots[0])}")
     for root, (_, result) in zip(roots, computed, strict=True):
         if result is not None and isinstance(root, OpNode) and root not in outline.values:
             root.remember(result, outline.info[root], seen[root])
     run.bounds.warn()
     return computed
+
+
+def outputs_taking(
+    outline: Outline, outputs: Mapping[Node, Sequence[Output]]
+) -> dict[Node, list[Output]]:
+    """The outputs that take the values of a node in blocks, by the node that is computed."""
+    taking: dict[Node, list[Output]] = {}
+    for root, given in outputs.items():
+        found = [output for output in given if output.takes(outline.info[root])]
+        if found:
+            taking.setdefault(outline.stand_in(root), []).extend(found)
+    return taking
 
 
 def prepare(roots: Sequence[Node], cache: DataCache) -> Outline:
@@ -88,24 +135,35 @@ def adopt(node: ValueNode, cache: DataCache) -> None:
         node.adopted = True
 
 
+def resident(outline: Outline, cache: DataCache) -> list[FileNode]:
+    """The files of an outline that are in memory."""
+    return [n for n in outline.nodes if isinstance(n, FileNode) and cache.holds(n.key)]
+
+
 class _Run:
     """One execution of an outline."""
 
-    def __init__(self, outline: Outline, roots: Sequence[Node], cache: DataCache) -> None:
+    def __init__(
+        self,
+        outline: Outline,
+        roots: Sequence[Node],
+        cache: DataCache,
+        outputs: Mapping[Node, Sequence[Output]],
+    ) -> None:
         self.outline = outline
+        self.outputs = outputs
         self.asked = roots
         self.roots = [outline.stand_in(root) for root in roots]
         self.cache = cache
         self.values: dict[Node, Any] = dict(outline.values)
-        self.steps = [
-            node
-            for node in outline.nodes
-            if isinstance(node, OpNode) and node not in outline.values
-        ]
+        self._adopt_constants()  # which leaves less for the program
+        written = {root: sum(one.nbytes for one in given) for root, given in outputs.items()}
+        planner = Planner(outline, self.roots, resident(outline, cache), written)
+        self.program = planner.choose(cache.obtainable())
         # How many uses of each node are still to come; a root is used by whoever asked for it.
-        self.left: Counter[Node] = Counter(self.roots)
-        for step in self.steps:
-            self.left.update(outline.operands(step))
+        kept = (root for root in self.roots if root not in self.program.unkept)
+        self.left = outline.uses.copy()
+        self.left.update(kept)
         self.executed: Counter[FileNode] = Counter()
         # Files whose memory a temporary is a view of, pinned as long as any such temporary lives.
         self.borrowed: dict[Node, list[_Loan]] = {}
@@ -116,18 +174,24 @@ class _Run:
         self.fingerprints = {node.key: node.key.fingerprint for node in files}
 
     def execute(self, label: str) -> list[Computed]:
-        self._adopt_constants()
-        workspace, room = self._simulate()
-        order = [key for step in self.steps for key in self._files(step)]
-        # Not the files that are asked for themselves: whoever has their data may come again.
+        program = self.program
+        order = [node.key for stage in program.stages for node in stage.pinned]
+        # Files that are asked for themselves are pinned at the end; and once more, as it were:
+        # whoever has their data may come again.
+        order += 2 * [node.key for node in dict.fromkeys(self.roots) if isinstance(node, FileNode)]
         started = time.perf_counter()
+        threads = Threads(usable_cpus())
         try:
             with self.cache.operation(
-                label, workspace=workspace, room=room, order=order
+                label, workspace=program.workspace, room=program.room, order=order
             ) as operation:
                 try:
-                    for step in self.steps:
-                        self._step(step, operation)
+                    for stage in program.stages:
+                        if stage.space is None:
+                            for step in stage.steps:
+                                self._step(step, operation)
+                        else:
+                            self._run_blocks(stage, operation, threads)
                     cost = time.perf_counter() - started
                     computed = {
                         root: self._hand_out(root, node, operation, cost)
@@ -152,80 +216,6 @@ class _Run:
                 adopt(node, self.cache)
                 self.values[node] = node.value
 
-    def _files(self, step: OpNode) -> list[Key]:
-        operands = dict.fromkeys(self.outline.operands(step))
-        return list(dict.fromkeys(node.key for node in operands if isinstance(node, FileNode)))
-
-    # Foretelling
-
-    def _simulate(self) -> tuple[int, int]:
-        """The most bytes of temporaries and results at once, and of files pinned at once."""
-        left = Counter(self.left)
-        sizes: dict[Node, int] = {}  # of the memory that each living temporary answers for
-        pinned: dict[Node, set[Key]] = {}
-        own: set[Node] = set()  # what `self.own` will be
-        current = most = room = 0
-        for step in self.steps:
-            operands = self.outline.operands(step)
-            layouts = [self.outline.info[operand].layout for operand in operands]
-            result = self.outline.info[step].layout
-            keys = set(self._files(step))
-            size = 0 if result is None else result.nbytes
-            heir = self._heir(step, operands, layouts, result, left, own)
-            if step.op.family == "view" and heir is not None:
-                pinned[step] = keys.union(*(pinned.get(operand, ()) for operand in operands))
-                own.discard(heir)
-            else:
-                own.add(step)
-            new = size if heir is None else 0
-            extra = 0 if None in layouts else transient(step, layouts, result)
-            # What this step reads, with what reading takes besides, and what stays pinned.
-            lent = set[Key]().union(*pinned.values()) - keys
-            peak = sum(key.estimate()[1] for key in keys)
-            room = max(room, peak + sum(key.estimate()[0] for key in lent))
-            most = max(most, current + new + extra)
-            sizes[step] = new if heir is None else sizes.get(heir, 0)
-            current += new
-            for operand in operands:
-                left[operand] -= 1
-                if not left[operand]:
-                    pinned.pop(operand, None)
-                    freed = sizes.pop(operand, 0)
-                    if operand is not heir:
-                        current -= freed
-            if heir is not None and left[heir]:
-                sizes[step] = 0
-        # Files that are asked for themselves are read one after the other, and stay pinned.
-        roots = {root.key for root in self.roots if isinstance(root, FileNode)}
-        estimates = [key.estimate() for key in roots]
-        besides = max((peak - nbytes for nbytes, peak in estimates), default=0)
-        return most, max(room, sum(nbytes for nbytes, _ in estimates) + besides)
-
-    def _heir(
-        self,
-        step: OpNode,
-        operands: Sequence[Node],
-        layouts: Sequence[Layout | None],
-        result: Layout | None,
-        left: Counter[Node],
-        own: set[Node],
-    ) -> Node | None:
-        """The operand whose memory the result of a step will take over or be a view of."""
-        family = step.op.family
-        if result is None:
-            return None
-        if family == "view":
-            base = layouts[0]
-            return operands[0] if base is not None and 2 * result.nbytes >= base.nbytes else None
-        for operand, layout in zip(operands, layouts, strict=True):
-            mine = operand in own
-            last = left[operand] == 1 and operands.count(operand) == 1
-            if family in ("inplace", "assign"):
-                return operand if mine and last else None
-            if mine and last and layout == result and step.op.elementwise:
-                return operand
-        return None
-
     # Doing
 
     def _step(self, step: OpNode, operation: Operation) -> None:
@@ -234,6 +224,53 @@ class _Run:
         free = self._compute(step, operation)
         if free:
             operation.unpin(free)
+
+    def _run_blocks(self, stage: Stage, operation: Operation, threads: Threads) -> None:
+        sinks: dict[Node, Sequence[Output]] = {node: self.outputs[node] for node in stage.written}
+        outputs = [output for found in sinks.values() for output in found]
+        try:
+            for output in outputs:
+                output.__enter__()
+            free = self._compute_blocks(stage, operation, sinks, threads)
+            if free:
+                operation.unpin(free)
+            for output in outputs:
+                output.finish()
+        finally:
+            end_all(output.__exit__ for output in outputs)
+
+    def _compute_blocks(
+        self,
+        stage: Stage,
+        operation: Operation,
+        sinks: Mapping[Node, Sequence[Output]],
+        threads: Threads,
+    ) -> list[Key]:
+        """Run a block stage; the files that no later stage needs pinned."""
+        keys: list[Key] = list(dict.fromkeys(node.key for node in stage.pinned))
+        loaded = dict(zip(keys, operation.pin(keys), strict=True)) if keys else {}
+        check_same(self.fingerprints, [*stage.pinned, *stage.files])
+        values = {**self.values}
+        values.update((node, loaded[node.key]) for node in stage.pinned)
+        try:
+            run = BlockRun(
+                stage, self.outline, values, self.own, self.bounds, sinks, threads, self.cache
+            )
+        except Exception as error:  # no memory for the results
+            annotate(error, stage.steps[0])
+            raise
+        outputs = run.run()
+        check_same(self.fingerprints, stage.files)
+        self.values.update(outputs)
+        self.own.update(outputs)
+        for step in stage.steps:
+            operands = self.outline.operands(step)
+            self._count(step)
+            for node in operands:
+                self.left[node] -= 1
+                if not self.left[node]:
+                    self._drop(node, keys)
+        return keys
 
     def _compute(self, step: OpNode, operation: Operation) -> list[Key]:
         """Run one step; the files that no later step needs pinned."""
@@ -250,11 +287,17 @@ class _Run:
             self.bounds.before(step, operands, inputs)
             value = self._apply(step, operands, inputs)
         except Exception as error:
-            explain(error, step)
+            annotate(error, step)
             raise
         if step.op.family != "view":
-            self.executed.update(files)
+            self._count(step)
         return self._settle(step, operands, inputs, value, keys)
+
+    def _count(self, step: OpNode) -> None:
+        """``step`` has read its files: one operation for each proxy, also of the same file."""
+        for node in dict.fromkeys(step.operands):
+            if isinstance(node, FileNode) and isinstance(self.outline.stand_in(node), FileNode):
+                self.executed[node] += 1
 
     def _apply(self, step: OpNode, operands: Sequence[Node], inputs: list[Any]) -> Any:
         op, kwargs = step.op, dict(step.kwargs or {})
@@ -275,7 +318,7 @@ class _Run:
             op.into(out, *arguments, **kwargs)
             return out
         value = op.call(*arguments, **kwargs)
-        if op.family == "view" and type(value) is np.ndarray:
+        if op.family == "view" and values and type(value) is np.ndarray:
             # Otherwise a small slice would keep all of what it was cut from.
             return copy_of(value) if 2 * value.nbytes < values[0].nbytes else value
         return value
@@ -324,7 +367,10 @@ class _Run:
         lenders = [
             node for node, data in zip(operands, inputs, strict=True) if owner_of(data) is owner
         ]
-        reused = any(value is self.values.get(node) and node in self.own for node in lenders)
+        # A view may be the very array that it is of: of no axis too long, say.
+        reused = step.op.family != "view" and any(
+            value is self.values.get(node) and node in self.own for node in lenders
+        )
         if type(value) is np.ndarray and (reused or not lenders):
             self.own.add(step)
         loans: list[_Loan] = []
@@ -359,6 +405,8 @@ class _Run:
         if isinstance(node, FileNode):
             [value] = operation.pin([node.key])
             return Computed(value, None)
+        if node in self.program.unkept:
+            return Computed(None, None)
         value = self.values[node]
         if not isinstance(node, OpNode):
             return Computed(value, None)

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from ._frames import location
-from .expression import GridMode, Node, Op, OpNode, Slot, ValueNode, frozen
+from .expression import GridMode, Node, Op, OpNode, Slot, ValueNode, frozen, slots
 
 
 class Expressible:
@@ -45,6 +45,10 @@ class Expressible:
         """The node of a part of a file, where that is what the proxy stands for."""
 
     @abstractmethod
+    def _has_room(self) -> bool:
+        """Whether it stands for an expression whose value has room in memory, and isn't there."""
+
+    @abstractmethod
     def _is_array(self) -> bool:
         """Whether the data are an array, as far as that is known without loading them."""
 
@@ -60,10 +64,13 @@ def node_of(
 ) -> OpNode:
     nodes: list[Node] = []
     template = tuple(template_of(operand, nodes) for operand in operands)
+    args = (*template, *constants)
+    if len(args) == len(nodes) and all(type(item) is Slot for item in args):
+        args = slots(len(args))
     # What one of them says other than the usual holds for all.
     modes = (proxy._grid for proxy in proxies_in(operands) if proxy._grid != "error")
     grid: GridMode = next(modes, "error")
-    return OpNode(op, tuple(nodes), (*template, *constants), kwargs or None, location(), grid)
+    return OpNode(op, tuple(nodes), args, kwargs or None, location(), grid)
 
 
 def template_of(value: Any, nodes: list[Node]) -> Any:
@@ -80,6 +87,11 @@ def template_of(value: Any, nodes: list[Node]) -> Any:
         node = ValueNode(frozen(value))
     nodes.append(node)
     return Slot(len(nodes) - 1)
+
+
+def is_number(proxy: Expressible) -> bool:
+    """Whether ``proxy`` stands for a number, which is a constant in expressions."""
+    return isinstance(proxy._node, ValueNode) and _is_constant(proxy._node.value)
 
 
 def _is_constant(value: Any) -> bool:

@@ -16,6 +16,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -67,8 +68,14 @@ class Slot(NamedTuple):
     position: int
 
 
-ONE = (Slot(0),)
-TWO = (Slot(0), Slot(1))
+@cache
+def slots(count: int) -> tuple[Slot, ...]:
+    """The places of all of ``count`` operands: the same tuple each time."""
+    return tuple(map(Slot, range(count)))
+
+
+ONE = slots(1)
+TWO = slots(2)
 
 
 class Info(NamedTuple):
@@ -102,7 +109,7 @@ class FileNode(Node):
     already. ``expected`` is the fingerprint that the files had where this node was pickled.
     """
 
-    __slots__ = ("expected", "handle", "index", "key", "looked", "reader", "whole")
+    __slots__ = ("_claim", "expected", "handle", "index", "key", "looked", "reader", "whole")
 
     def __init__(
         self,
@@ -121,6 +128,29 @@ class FileNode(Node):
         self.expected = expected
         # Whether the files were looked at since: what is cached may be older than this node.
         self.looked = False
+        self._claim: weakref.ref[Claim] | None = None
+
+    def claim(self) -> Claim:
+        """What a proxy holds as long as its user may ask for these data again."""
+        claim = None if self._claim is None else self._claim()
+        if claim is None:
+            claim = Claim()
+            self._claim = weakref.ref(claim)
+        return claim
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any proxy stands for these data; else nothing but expressions do."""
+        return self._claim is not None and self._claim() is not None
+
+
+class Claim:
+    """See `FileNode.claim` and `OpNode.claim`."""
+
+    __slots__ = ("__weakref__", "on")
+
+    def __init__(self, on: tuple[Result | Claim, ...] = ()) -> None:
+        self.on = on
 
 
 class ValueNode(Node):
@@ -148,7 +178,8 @@ class OpNode(Node):
     operands on different grids. `remember` is told when it was computed.
     """
 
-    __slots__ = ("_result", "args", "grid", "info", "kwargs", "location", "op", "operands", "seen")
+    __slots__ = ("_claim", "_result", "args", "grid", "info", "kwargs", "location", "op",
+                 "operands", "seen")  # fmt: skip
 
     def __init__(
         self,
@@ -170,6 +201,33 @@ class OpNode(Node):
         # again from other content.
         self.seen: dict[FileKey, Any] | None = None
         self._result: weakref.ref[Result] | None = None
+        self._claim: weakref.ref[Claim] | None = None
+
+    def claim(self) -> Claim | None:
+        """What a proxy holds until this is computed: what its operands' computed values live on.
+
+        So that a value which goes on growing, as in ``total = total + volume; total.data``, is
+        computed from the one before, though nobody else refers to that any more.
+        """
+        if self.result is not None:
+            return None
+        claim = None if self._claim is None else self._claim()
+        if claim is None:
+            parts = [
+                part
+                for operand in dict.fromkeys(self.operands)
+                if isinstance(operand, OpNode) and (part := operand._claimed()) is not None
+            ]
+            if len(parts) == 1 and isinstance(parts[0], Claim):
+                claim = parts[0]
+            elif parts:
+                claim = Claim(tuple(parts))
+            self._claim = None if claim is None else weakref.ref(claim)
+        return claim
+
+    def _claimed(self) -> Result | Claim | None:
+        result = self.result
+        return result if result is not None or self._claim is None else self._claim()
 
     def remember(self, result: Result, info: Info, seen: dict[FileKey, Any]) -> None:
         """It was computed; whoever holds ``result`` has the value."""
@@ -207,17 +265,20 @@ def walk(
 
     The operands of a node that ``stop`` is true of are left out.
     """
-    seen: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(root, False) for root in reversed(list(roots))]
+    entered: set[Node] = set()
+    left: set[Node] = set()
+    stack = list(roots)[::-1]
     while stack:
-        node, ready = stack.pop()
-        if ready:
-            yield node
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
+        node = stack[-1]
+        if node not in entered:
+            entered.add(node)
             if node.operands and not stop(node):
-                stack.extend((operand, False) for operand in reversed(node.operands))
+                stack.extend([one for one in node.operands[::-1] if one not in entered])
+                continue
+        stack.pop()
+        if node not in left:
+            left.add(node)
+            yield node
 
 
 def files_under(roots: Iterable[Node]) -> list[FileNode]:

@@ -115,7 +115,7 @@ class _Chain:
         if result is None or result.scalar:
             return None
         for order in ("K", "C", "F"):
-            start = infer(ops.COPY, ONE, {"dtype": result.dtype, "order": order}, [first])
+            start = infer(ops.COPY, ONE, {"order": order}, [first._replace(dtype=result.dtype)])
             if start is not None and start.strides == result.strides:
                 return cls(node, stack, result, order)
         return None

@@ -21,7 +21,7 @@ from . import operations as ops
 from ._frames import location
 from .arraylike import ArrayLike
 from .express import express
-from .expression import GridMode, Node, OpNode, ValueNode, frozen
+from .expression import GridMode, Node, Op, OpNode, ValueNode, frozen
 from .folds import fold
 from .proxy import LazyReadData
 
@@ -73,16 +73,21 @@ def _over(
     if isinstance(images, ArrayLike | np.ndarray | np.generic):
         one = images if isinstance(images, ArrayLike) else LazyReadData(images)
         return express(ops.reduction(name), (one,), axis=axis, **kwargs)  # type: ignore[no-any-return]
-    # A list is not asked for its iterator: that of a PreloadList would begin to load.
-    given = list.copy(images) if isinstance(images, list) else list(images)
-    items = [LazyReadData(item) if isinstance(item, str | os.PathLike) else item for item in given]
-    if not items:
-        raise ValueError(f"{name} of an empty list: no image was given")
     if axis not in (None, 0):
         raise ValueError(
             f"{name} of a list is taken across its images: give one proxy to use axis={axis}, or "
             f"[{name}(image, axis={axis}) for image in images]"
         )
+    return over_images(fold(name), images, grid, **kwargs)
+
+
+def over_images(op: Op, images: Images, grid: GridMode | None, **kwargs: Any) -> LazyReadData:
+    """The expression of ``op`` over the images of a list."""
+    # A list is not asked for its iterator: that of a PreloadList would begin to load.
+    given = list.copy(images) if isinstance(images, list) else list(images)
+    items = [LazyReadData(item) if isinstance(item, str | os.PathLike) else item for item in given]
+    if not items:
+        raise ValueError(f"{op.name} of an empty list: no image was given")
     proxies = [item for item in items if isinstance(item, ArrayLike)]
     first = proxies[0] if proxies else LazyReadData(items[0])
     nodes: tuple[Node, ...] = tuple(
@@ -91,7 +96,7 @@ def _over(
     )
     modes = (proxy._grid for proxy in proxies if proxy._grid != "error")
     mode: GridMode = grid if grid is not None else next(modes, "error")
-    node = OpNode(fold(name), nodes, (), kwargs or None, location(), mode)
+    node = OpNode(op, nodes, (), kwargs or None, location(), mode)
     return first._derive(node)  # type: ignore[return-value]
 
 

@@ -13,6 +13,7 @@ additions of one kind makes one trial.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +21,8 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from .errors import ShapeMismatchError
-from .expression import Op, OpNode, empty_in_order, fill
-from .operations import ADD_SQUARES, BLOCK
+from .expression import Op, OpNode, Slot, empty_in_order, fill
+from .operations import ADD_SQUARES, BLOCK, SQUARED_DEVIATIONS
 
 Shape = tuple[int, ...]
 
@@ -71,6 +72,9 @@ def infer(
             return layout_of(op.call(*args, **kwargs))
     if any(layout.dtype.hasobject for layout in layouts):
         return None
+    foretold = getattr(op.call, "layout", None)
+    if foretold is not None:  # a function of users: only its maker knows
+        return foretold(layouts)  # type: ignore[no-any-return]
     if op.family == "assign":
         shape, axes = layouts[0].shape, _axes(layouts[0].strides)
         return Layout(shape, _strides(shape, axes, layouts[0].dtype.itemsize), layouts[0].dtype)
@@ -84,21 +88,33 @@ def infer(
         return None
     if found is not None:
         shape = found
+    elif op.family == "reduce":
+        shape = _reduced(kwargs, layouts)
     else:
-        shape = (_reduced if op.family == "reduce" else _joined)(op, kwargs, layouts, outcome)
+        shape = _joined(op, kwargs, [_shape(item, layouts) for item in args[0]], outcome)
     if outcome.scalar:
         return Layout((), (), outcome.dtype, scalar=True)
-    if len(shape) != len(outcome.shape):
+    # Several percentiles at once make axes of their own in front; they are constants, so the
+    # trial has them in full.
+    more = len(outcome.shape) - len(shape)
+    if more < 0:
         return None
+    shape = outcome.shape[:more] + shape
     return Layout(shape, _strides(shape, outcome.axes, outcome.dtype.itemsize), outcome.dtype)
 
 
-def transient(node: OpNode, layouts: list[Layout], result: Layout | None) -> int:
+def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | None) -> int:
     """Bytes that NumPy takes while it computes, besides operands and result; an upper estimate."""
     name = node.op.name
-    if result is None or not layouts:
+    if node.op.elementwise and name != "**":
         return 0
-    if len(layouts) > 1 and name in ("median", "percentile"):  # of their stack
+    layouts = [layout for layout in operands if layout is not None]
+    if result is None or not layouts or len(layouts) < len(operands):
+        return 0
+    if node.op is SQUARED_DEVIATIONS:
+        return 2 * math.prod(layouts[0].shape) * result.dtype.itemsize
+    if hasattr(node.op.call, "layout") or (len(layouts) > 1 and name in ("median", "percentile")):
+        # Of their stack.
         return 3 * sum(layout.nbytes for layout in layouts)
     if node.op is ADD_SQUARES and result is not None:
         same = len({_axes(layout.strides) for layout in layouts}) == 1
@@ -191,6 +207,8 @@ def hashable(value: Any) -> Any:
 
     Not everything that comes out can be hashed.
     """
+    if type(value) is Slot:
+        return value
     if isinstance(value, tuple | list):
         return (type(value), tuple(map(hashable, value)))
     if isinstance(value, dict):
@@ -237,24 +255,25 @@ def _product(layouts: list[Layout]) -> Shape:
 _SHAPES = {"map": _broadcast, "inplace": _of_first, "matmul": _product}
 
 
-def _reduced(op: Op, kwargs: dict[str, Any], layouts: list[Layout], outcome: _Outcome) -> Shape:
+def _reduced(kwargs: dict[str, Any], layouts: list[Layout]) -> Shape:
     shape = layouts[0].shape
     axis = kwargs.get("axis")
     keepdims = kwargs.get("keepdims", False)
     chosen = range(len(shape)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     gone = {int(item) % len(shape) for item in chosen} if shape else set()
-    rest = tuple(
+    return tuple(
         1 if axis in gone else size
         for axis, size in enumerate(shape)
         if keepdims or axis not in gone
     )
-    # Several percentiles at once make axes of their own in front; they are constants, so the
-    # trial has them in full.
-    return outcome.shape[: len(outcome.shape) - len(rest)] + rest
 
 
-def _joined(op: Op, kwargs: dict[str, Any], layouts: list[Layout], outcome: _Outcome) -> Shape:
-    shapes = [layout.shape for layout in layouts]
+def _shape(item: Any, layouts: list[Layout]) -> Shape:
+    """The shape of an argument: an operand, or a number."""
+    return layouts[item.position].shape if type(item) is Slot else np.shape(item)
+
+
+def _joined(op: Op, kwargs: dict[str, Any], shapes: list[Shape], outcome: _Outcome) -> Shape:
     axis = int(kwargs.get("axis", 0)) % len(outcome.shape)
     if op.name == "stack":
         if any(shape != shapes[0] for shape in shapes):

@@ -24,6 +24,11 @@ import numpy as np
 from .errors import SizeError
 from .sizes import parse_size
 
+# Descriptors that are left to the rest of the process where files are opened by the hundred.
+_OTHER_FILES = 128
+# So many threads may open all that they want, where the limit can be raised for them.
+_THREADS = 16
+
 
 def _physical_memory() -> tuple[int, int]:
     import psutil
@@ -267,6 +272,39 @@ def usable_cpus(machine: Machine = THIS_MACHINE) -> int:
 # glibc's name for the number of its arenas, and as many as threads that decode at once need.
 _M_ARENA_MAX = -8
 _FEW_ARENAS = 2
+
+
+def openable_files(wanted: int) -> int:
+    """How many of ``wanted`` files may be open at once, with the soft limit raised for them.
+
+    Some more than are open now are left to the rest of the process.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    others = _open_files() + _OTHER_FILES
+    # Other threads may be about to open as many.
+    raised = _THREADS * wanted + others
+    if soft == resource.RLIM_INFINITY or raised <= soft:
+        return wanted
+    raised = raised if hard == resource.RLIM_INFINITY else min(raised, hard)
+    if raised > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            soft = raised
+        except (OSError, ValueError):  # not allowed here
+            pass
+    return max(1, min(wanted, soft - others))
+
+
+def _open_files() -> int:
+    """How many files this process has open, where the system tells."""
+    try:
+        return len(os.listdir("/dev/fd"))
+    except OSError:
+        return 0
 
 
 def _spare_address_space() -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .expression import Op
+from .totals import Total, total
 
 Array = NDArray[Any]
 
@@ -82,6 +83,13 @@ def _where_into(out: Array, condition: Any, yes: Any, no: Any) -> None:
     np.copyto(out, yes, where=np.asarray(condition, bool), casting="unsafe")
 
 
+def _round_into(out: Array, data: Any, decimals: int = 0) -> None:
+    if out.dtype.kind in "iu" and decimals < 0:  # by way of float64
+        np.copyto(out, np.round(data, decimals))
+    else:
+        np.round(data, decimals, out=out)
+
+
 def _copy_into(out: Array, data: Array, dtype: DTypeLike, order: str = "K") -> None:
     np.copyto(out, data, casting="unsafe")
 
@@ -136,7 +144,7 @@ ASSIGN = Op("[...]=", _assign, "assign")
 ALIGN = Op("[..., None]", operator.getitem, "view")
 WHERE = Op("where", np.where, into=_where_into)
 CLIP = Op("clip", np.clip, into=Into(np.clip), elementwise=True)
-ROUND = Op("round", np.round, into=Into(np.round))
+ROUND = Op("round", np.round, into=_round_into)
 ASTYPE = Op("astype", Method("astype"), into=_copy_into)
 STACK = Op("stack", np.stack, "join")
 CONCATENATE = Op("concatenate", np.concatenate, "join")
@@ -152,17 +160,41 @@ def ufunc(function: np.ufunc) -> Op:
 @cache
 def ufunc_reduce(function: np.ufunc) -> Op:
     """``function.reduce`` over ``axis``."""
-    return Op(function.__name__ + ".reduce", UfuncReduce(function), "reduce")
+    return Op(function.__name__ + ".reduce", AxisFold(function), "reduce")
 
 
 @dataclass(frozen=True, slots=True)
-class UfuncReduce:
-    """``function.reduce``; a class, because a bound method of a ufunc can't be pickled."""
+class AxisFold:
+    """``function.reduce``, which takes the slowest axes one element after the other.
+
+    With ``deviations``, of the squared deviations of the data from their mean.
+    """
 
     function: np.ufunc
+    deviations: bool = False
 
-    def __call__(self, data: Any, **kwargs: Any) -> Any:
-        return self.function.reduce(data, **kwargs)
+    def __call__(self, data: Any, *mean: Any, **kwargs: Any) -> Any:
+        return self.function.reduce(self.terms(data, *mean), **kwargs)
+
+    def fold(self, target: Array, first: bool, data: Array, *mean: Any) -> None:
+        """Take the next ``data`` into ``target``; the ``first`` find nothing of value there."""
+        terms = self.terms(data, *mean)
+        logical = self.function in (np.logical_or, np.logical_and)
+        dtype = None if logical else target.dtype
+        if not first:
+            self.function(target, terms, out=target, dtype=dtype, casting="unsafe")
+        elif self.function.identity is None:
+            np.copyto(target, terms, casting="unsafe")
+        else:
+            self.function(self.function.identity, terms, out=target, dtype=dtype, casting="unsafe")
+
+    def total(self, size: int, terms: np.dtype[Any], result: np.dtype[Any]) -> Total | None:
+        """What takes all of an array, if its blocks can be told from the whole."""
+        return total(self.function, size, terms, result)
+
+    def terms(self, data: Any, *mean: Any) -> Any:
+        """What is taken for ``data``."""
+        return _square_norm(np.subtract(data, *mean)) if self.deviations else data
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +240,21 @@ def view(name: str) -> Op:
 def _divide(total: Array, count: Any) -> Array:
     np.true_divide(total, count, out=total, casting="unsafe", subok=False)
     return total
+
+
+def _divide_total(total: Any, count: Any, ddof: float | None = None) -> Any:
+    # Of one number, as NumPy divides it, and of an array of one.
+    if ddof is not None:
+        if ddof >= count:
+            warnings.warn("Degrees of freedom <= 0 for slice", RuntimeWarning, stacklevel=2)
+        count = np.maximum(np.intp(count) - ddof, 0)
+    if isinstance(total, np.ndarray):
+        return _divide(total.copy(), count)
+    return total.dtype.type(total / count)
+
+
+def _sqrt_total(total: Any) -> Any:
+    return np.sqrt(total) if isinstance(total, np.ndarray) else total.dtype.type(np.sqrt(total))
 
 
 def _divide_variance(total: Array, count: int, ddof: float) -> Array:
@@ -264,14 +311,16 @@ def _square_norm(data: Array) -> Array:
 
 
 # The bytes of a block of a computation that is done block by block.
-BLOCK = 1 << 20
+BLOCK = 1 << 17
 
 
 def _add_squares(total: Array, data: Array, mean: Array, dtype: DTypeLike) -> Array:
     """``total += |data - mean|**2`` without a whole temporary, where the memory order is one."""
     step = len(total)
     axis = 0
-    if total.ndim and data.strides and _order(data) == _order(total) == _order(mean):
+    if total.ndim == 1 and data.ndim == 1:
+        step = max(1, BLOCK // mean.itemsize)
+    elif total.ndim and data.strides and _order(data) == _order(total) == _order(mean):
         # Slabs across the slowest axis are contiguous in all three.
         axis = int(np.argmax(np.abs(total.strides)))
         step = max(1, total.shape[axis] * BLOCK // max(1, mean.nbytes))
@@ -317,6 +366,8 @@ FMIN = Op("fmin", IntoFirst(np.fmin), "inplace")
 FMAX = Op("fmax", IntoFirst(np.fmax), "inplace")
 SQRT = Op("sqrt", IntoFirst(np.sqrt), "inplace")
 DIVIDE = Op("mean", _divide, "inplace")
+DIVIDE_TOTAL = Op("mean", _divide_total)
+SQRT_TOTAL = Op("sqrt", _sqrt_total)
 DIVIDE_VARIANCE = Op("var", _divide_variance, "inplace")
 NAN_MEAN = Op("nanmean", _nan_mean, "inplace")
 NAN_MEAN_QUIET = Op("nanmean", _divide_by_counts, "inplace")
@@ -330,3 +381,4 @@ NOT_ZERO = Op("!=", np.not_equal, into=Into(np.not_equal), elementwise=True)
 ZEROS = Op("0", np.zeros_like, into=_zeros_into)
 ADD_SQUARES = Op("add squares", _add_squares, "inplace")
 NAN_DEVIATION = Op("square", _nan_deviation)
+SQUARED_DEVIATIONS = Op("add squares", AxisFold(np.add, deviations=True), "reduce")

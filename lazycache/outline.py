@@ -13,13 +13,17 @@ import _thread
 import contextlib
 import contextvars
 import queue
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
+
+import numpy as np
 
 from . import operations as ops
 from ._frames import warn
 from ._parts import sliced_affine
+from .axes import along_slowest
 from .errors import (
     FileChangedError,
     FileChangedWarning,
@@ -28,6 +32,8 @@ from .errors import (
     ShapeMismatchError,
 )
 from .expression import (
+    ONE,
+    TWO,
     FileNode,
     Info,
     Node,
@@ -49,8 +55,9 @@ Holds = Callable[[Key], bool]
 class Outline:
     """See the module.
 
-    ``nodes`` are in the order of execution; ``values`` holds what was computed before and is still
-    there. ``info`` knows every node, those that are only stood in for (``stand_in``) too.
+    ``nodes`` are in the order of execution, and ``steps`` those of them that have to be computed;
+    ``values`` holds what was computed before and is still there. ``info`` knows every node, those
+    that are only stood in for (``stand_in``) too.
     ``aligned`` says how many axes are put behind each operand of a node to bring its x, y, z below
     those of the others.
     """
@@ -61,59 +68,98 @@ class Outline:
         self.info: dict[Node, Info] = {}
         self.aligned: dict[Node, tuple[int, ...]] = {}
         self._stand_ins: dict[Node, Node] = {}
+        self._operands: dict[Node, tuple[Node, ...]] = {}
+        self._layouts: dict[Node, Sequence[Layout | None]] = {}
         self._twins: dict[Any, OpNode] = {}
+        self._files: dict[Key, FileNode] = {}
+        self._kinds: dict[Any, int] = {}
+        self._same: dict[Any, int] = {}  # kinds by identity, which is faster
+        self._inferred: dict[Any, Layout | None] = {}
         self._holds = holds
         self._misshapen: list[str] = []
         self._misplaced: dict[str, list[tuple[str, Any, tuple[int, ...]]]] = {}
         self._walk(roots)
         self._report()
+        self.steps = [n for n in self.nodes if isinstance(n, OpNode) and n not in self.values]
+        self.uses = Counter(chain.from_iterable(map(self.operands, self.steps)))
 
     def stand_in(self, node: Node) -> Node:
         """The node that is computed in place of ``node``: itself, or what it was expanded to."""
-        while node in self._stand_ins:
-            node = self._stand_ins[node]
+        other = self._stand_ins.get(node)
+        while other is not None:
+            node, other = other, self._stand_ins.get(other)
         return node
 
     def operands(self, node: Node) -> tuple[Node, ...]:
-        return tuple(self.stand_in(operand) for operand in node.operands)
+        found = self._operands.get(node)
+        if found is None:
+            found = node.operands
+            if not self._stand_ins.keys().isdisjoint(found):
+                found = tuple(map(self.stand_in, found))
+            self._operands[node] = found
+        return found
+
+    def layouts(self, node: Node) -> Sequence[Layout | None]:
+        """The layouts of the operands of ``node``, with the axes that are put behind them."""
+        found = self._layouts.get(node)
+        if found is None:
+            found = [self.info[operand].layout for operand in self.operands(node)]
+            if node in self.aligned:
+                found = _longer(found, self.aligned[node])
+            self._layouts[node] = found
+        return found
 
     def _walk(self, roots: Sequence[Node]) -> None:
-        stack: list[tuple[Node, bool]] = [(root, False) for root in reversed(roots)]
+        info, stand_ins = self.info, self._stand_ins
+        entered: set[Node] = set()
+        stack = list(roots)[::-1]
         while stack:
-            node, ready = stack.pop()
-            if node in self.info:
-                continue
-            if not ready:
+            node = stack[-1]
+            if node in info:
+                stack.pop()
+            elif node not in entered:
+                entered.add(node)
                 other = self._replacement(node)
                 if other is not None:
-                    self._stand_ins[node] = other
-                    stack.extend([(node, True), (other, False)])
+                    stand_ins[node] = other
+                    stack.append(other)
                 elif not self._known(node):
-                    stack.append((node, True))
-                    stack.extend((operand, False) for operand in reversed(node.operands))
-            elif node in self._stand_ins:
-                self.info[node] = self.info[self._stand_ins[node]]
+                    stack.extend([one for one in node.operands[::-1] if one not in info])
+            elif node in stand_ins:
+                info[node] = info[stand_ins[node]]
             else:
                 assert isinstance(node, OpNode)
-                if node.op.family == "fold":
-                    other = self._expand(node)
-                    self._stand_ins[node] = other
-                    stack.extend([(node, True), (other, False)])
-                elif (twin := self._twin(node)) is not None:
-                    self._stand_ins[node] = twin
-                    self.info[node] = self.info[twin]
-                else:
-                    self.info[node] = self._infer(node)
+                other = self._expansion(node)
+                if other is not None:
+                    stand_ins[node] = other
+                    stack.append(other)
+                    continue
+                kind = self._kind(node)
+                # One found before may do the same to the same operands: it is computed for both.
+                twin = node
+                if kind is not None:
+                    twin = self._twins.setdefault((kind, *self.operands(node)), node)
+                if twin is node:
+                    info[node] = self._infer(node, kind)
                     self.nodes.append(node)
+                else:
+                    stand_ins[node] = twin
+                    info[node] = info[twin]
 
-    def _twin(self, node: OpNode) -> Node | None:
-        """A node found before that does the same to the same operands: it is computed for both."""
-        constants = hashable((node.args, node.kwargs or {}, node.grid))
-        try:
-            twin = self._twins.setdefault((node.op, self.operands(node), constants), node)
-        except TypeError:  # a constant that can't be hashed
-            return None
-        return None if twin is node else twin
+    def _kind(self, node: OpNode) -> int | None:
+        """A number of the operation and its constants; None where those can't be hashed."""
+        plain = node.kwargs is None and (node.args is ONE or node.args is TWO)
+        same = (id(node.op), id(node.args), node.grid) if plain else None
+        kind = self._same.get(same)
+        if kind is None:
+            constants = hashable((node.args, node.kwargs or {}, node.grid))
+            try:
+                kind = self._kinds.setdefault((node.op, constants), len(self._kinds))
+            except TypeError:
+                return None
+            if plain:
+                self._same[same] = kind
+        return kind
 
     def _known(self, node: Node) -> bool:
         """Take a node that nothing has to be computed for; False if there is one to compute."""
@@ -134,8 +180,14 @@ class Outline:
         return True
 
     def _replacement(self, node: Node) -> Node | None:
-        """The cut from the whole file, for a part that no reader reads or that is there already."""
-        if not isinstance(node, FileNode) or node.whole is None:
+        """What is read in place of a file: another proxy's node for the same data, where there is
+        one; the cut from the whole, for a part that no reader reads or that is there already."""
+        if not isinstance(node, FileNode):
+            return None
+        first = self._files.setdefault(node.key, node)
+        if first is not node:
+            return first
+        if node.whole is None:
             return None
         if self._holds(node.key):
             return None
@@ -143,37 +195,59 @@ class Outline:
             return None
         return OpNode(ops.GETITEM, (node.whole,), (Slot(0), node.index))
 
+    def _expansion(self, node: OpNode) -> Node | None:
+        """The chain that does what ``node`` says, if there is one."""
+        if node.op.family == "fold":
+            return self._expand(node)
+        if node.op.family != "reduce" or not node.operands:
+            return None
+        data = self.info[node.operands[0]].layout
+        return None if data is None else along_slowest(node, data)
+
     def _expand(self, node: OpNode) -> Node:
         infos = [self.info[operand] for operand in node.operands]
         try:
             other = node.op.call(node, infos)
         except Exception as error:
-            explain(error, node)
+            annotate(error, node)
             raise
         self._compare_grids(node, infos)
         assert isinstance(other, Node)
         return other
 
-    def _infer(self, node: OpNode) -> Info:
+    def _infer(self, node: OpNode, kind: int | None) -> Info:
         infos = [self.info[operand] for operand in node.operands]
         layouts = [info.layout for info in infos]
         layout: Layout | None = None
-        if all(layout is not None for layout in layouts):
+        if None not in layouts:
             if node.op.family in ("map", "inplace") and len(layouts) > 1:
                 layouts = self._align(node, infos, layouts)
                 self._compare_grids(node, infos)
             try:
-                layout = infer(node.op, node.args, dict(node.kwargs or {}), layouts)
+                layout = self._result(node, kind, layouts)
             except ShapeMismatchError as error:
                 self._misshapen.append(_misfit(node, infos, error))
                 layout = layouts[0]
             except Exception as error:
-                explain(error, node)
+                annotate(error, node)
                 raise
         affine, header, name = _space(node, infos)
-        return Info(layout, affine, header, name)
+        found = Info(layout, affine, header, name)
+        # One for all of a chain: there may be very many.
+        return infos[0] if infos and _same_info(found, infos[0]) else found
+
+    def _result(self, node: OpNode, kind: int | None, layouts: list[Layout]) -> Layout | None:
+        key = (kind, *layouts)
+        if key in self._inferred:
+            return self._inferred[key]
+        found = infer(node.op, node.args, dict(node.kwargs or {}), layouts)
+        if kind is not None:
+            self._inferred[key] = found
+        return found
 
     def _align(self, node: Node, infos: list[Info], layouts: list[Layout]) -> list[Layout]:
+        if len({len(layout.shape) for layout in layouts}) == 1:
+            return layouts
         placed = [
             (layout.shape, says_place(info.affine))
             for info, layout in zip(infos, layouts, strict=True)
@@ -185,10 +259,7 @@ class Outline:
         if not any(more):
             return layouts
         self.aligned[node] = more
-        return [
-            layout._replace(shape=shape, strides=layout.strides + (0,) * extra)
-            for layout, shape, extra in zip(layouts, shapes, more, strict=True)
-        ]
+        return _longer(layouts, more)
 
     def _compare_grids(self, node: OpNode, infos: list[Info]) -> None:
         if node.grid == "ignore":
@@ -218,6 +289,20 @@ class Outline:
             ) from grids
         if grids is not None:
             raise grids
+
+
+def _longer(layouts: Sequence[Any], more: Sequence[int]) -> list[Any]:
+    """The layouts with as many axes of length 1 behind them as ``more`` says."""
+    return [
+        layout._replace(shape=layout.shape + (1,) * extra, strides=layout.strides + (0,) * extra)
+        for layout, extra in zip(layouts, more, strict=True)
+    ]
+
+
+def _same_info(a: Info, b: Info) -> bool:
+    return (
+        a.layout == b.layout and a.affine is b.affine and a.header is b.header and a.name == b.name
+    )
 
 
 def file_info(key: FileKey) -> Info:
@@ -345,7 +430,7 @@ def fingerprints(root: OpNode) -> dict[FileKey, Any]:
     return found
 
 
-def explain(error: Exception, node: OpNode) -> None:
+def annotate(error: Exception, node: OpNode) -> None:
     """Note on ``error`` which operation failed, on what, and where it was written."""
     names = list(dict.fromkeys(describe(operand) for operand in node.operands))
     where = f", written at {node.where()}" if node.location else ""
@@ -367,6 +452,8 @@ def _space(node: OpNode, infos: Sequence[Info]) -> tuple[Any, Any, str]:
     """The affine and header of a result, and the file that they are from."""
     nothing = (None, None, "")
     family = node.op.family
+    if np.ndim((node.kwargs or {}).get("q", 0)):  # several percentiles, each an image
+        return nothing
     if family in ("map", "inplace", "assign"):
         headed = (info for info in infos if info.affine is not None or info.header is not None)
         first = next(headed, None)

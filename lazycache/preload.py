@@ -6,7 +6,8 @@ import glob as _glob
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, SupportsIndex
+from contextlib import suppress
+from typing import Any, Literal, SupportsIndex
 
 from . import memory
 from ._preloading import Preloading
@@ -15,6 +16,8 @@ from .execute import available
 from .expression import Node, files_under
 from .proxy import LazyReadData
 from .source import Key
+
+Order = Literal["given", "any"]
 
 _Uses = list[tuple[DataCache, list[Key]]]
 
@@ -39,6 +42,10 @@ def _needs(node: Node) -> list[Key]:
     return [file.key for file in files_under([node])]
 
 
+def _in_memory(item: Any) -> bool:
+    return all(cache.holds(key) for cache, keys in _uses(item) for key in keys)
+
+
 class PreloadIterator:
     """Iterate over ``iterable`` while the data of the next items are loaded ahead.
 
@@ -52,10 +59,21 @@ class PreloadIterator:
     end of the loop, `close`, leaving a ``with`` block, and the end of the iterator's own life stop
     the threads and give back what was loaded and not used. A loop that doesn't use its items' data
     (``sum(iterator)`` builds an expression) makes the preloading pause.
+
+    Loops again and again over more data than fit keep a part of them from round to round, and read
+    the rest again. Where at least half of its data are in memory, a loop reads only so far ahead
+    (one item in 25) as that leaves to the next round what it would find. With ``order="any"`` the
+    items come in another order, each once: those that are in memory when the loop begins, then the
+    rest. All items of ``iterable`` are taken at the beginning then.
     """
 
-    def __init__(self, iterable: Iterable[Any], npreload: int | None = None) -> None:
-        self.npreload = _checked(npreload)
+    def __init__(
+        self, iterable: Iterable[Any], npreload: int | None = None, order: Order = "given"
+    ) -> None:
+        self.npreload = checked(npreload)
+        if _checked_order(order) == "any":
+            # Stable: among themselves, those in memory and the others keep their order.
+            iterable = sorted(quietly(iterable), key=lambda item: not _in_memory(item))
         self._streams: dict[DataCache, Preloading] = {}
         # A list is looked at in place, so that what is appended meanwhile is seen; of any other
         # iterable, the items that were taken ahead wait here, with the error that ended it.
@@ -121,8 +139,11 @@ class PreloadIterator:
             uses = self._look(position) if position < self._at + self.npreload else None
             if uses is None:
                 break
+        now: dict[DataCache, list[Key]] = {}
+        for cache, keys in self._current:
+            now.setdefault(cache, []).extend(keys)
         for cache, keys in wanted.items():
-            self._stream(cache).want(dict.fromkeys(keys))
+            self._stream(cache).want(dict.fromkeys(keys), now.get(cache, ()))
 
     def _was_used(self) -> bool:
         """Whether the loop asked for the data of the current item."""
@@ -183,26 +204,36 @@ class PreloadIterator:
 class PreloadList(list[Any]):
     """A list over which a loop preloads: ``for v in volumes`` is a `PreloadIterator`.
 
-    In all else a list. Slices, copies and sums of it are `PreloadList`s with the same ``npreload``,
-    and making them starts nothing. Items that are proxies are compared by identity.
+    In all else a list. Slices, copies and sums of it are `PreloadList`s with the same ``npreload``
+    and ``order``, and making them starts nothing. Items that are proxies are compared by identity.
+    With ``order="any"`` each loop begins with the items that are in memory; indices, slices and
+    ``reversed`` go by the order of the list.
     """
 
     npreload: int
+    order: Order
 
-    def __init__(self, iterable: Iterable[Any] = (), npreload: int | None = None) -> None:
-        if npreload is None and isinstance(iterable, PreloadList):
-            npreload = iterable.npreload
-        super().__init__(_quietly(iterable))
-        self.npreload = _checked(npreload)
+    def __init__(
+        self,
+        iterable: Iterable[Any] = (),
+        npreload: int | None = None,
+        order: Order | None = None,
+    ) -> None:
+        if isinstance(iterable, PreloadList):
+            npreload = iterable.npreload if npreload is None else npreload
+            order = iterable.order if order is None else order
+        super().__init__(quietly(iterable))
+        self.npreload = checked(npreload)
+        self.order = _checked_order("given" if order is None else order)
 
     def __iter__(self) -> Iterator[Any]:
-        return PreloadIterator(self, self.npreload)
+        return PreloadIterator(self, self.npreload, self.order)
 
     def __reversed__(self) -> Iterator[Any]:
         return PreloadIterator(list.__getitem__(self, slice(None, None, -1)), self.npreload)
 
     def _like(self, items: Iterable[Any]) -> PreloadList:
-        return PreloadList(items, self.npreload)
+        return PreloadList(items, self.npreload, self.order)
 
     def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)
@@ -213,7 +244,7 @@ class PreloadList(list[Any]):
         return joined if joined is NotImplemented else self._like(joined)
 
     def __radd__(self, other: Any) -> PreloadList:
-        return self._like([*_quietly(other), *list.__iter__(self)])
+        return self._like([*quietly(other), *list.__iter__(self)])
 
     def __iadd__(self, other: Iterable[Any]) -> PreloadList:  # type: ignore[misc] # typeshed knows lists of the same items only
         self.extend(other)
@@ -225,13 +256,13 @@ class PreloadList(list[Any]):
     __rmul__ = __mul__
 
     def extend(self, iterable: Iterable[Any]) -> None:
-        super().extend(_quietly(iterable))
+        super().extend(quietly(iterable))
 
     def copy(self) -> PreloadList:
         return self._like(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PreloadList, (list(list.__iter__(self)), self.npreload)
+        return PreloadList, (list(list.__iter__(self)), self.npreload, self.order)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return self.__reduce__()
@@ -265,7 +296,8 @@ class PreloadList(list[Any]):
         return equal if equal is NotImplemented else not equal
 
     def __repr__(self) -> str:
-        return f"PreloadList({super().__repr__()}, npreload={self.npreload})"
+        order = "" if self.order == "given" else f", order={self.order!r}"
+        return f"PreloadList({super().__repr__()}, npreload={self.npreload}{order})"
 
 
 def _same(mine: Any, theirs: Any) -> bool:
@@ -276,17 +308,42 @@ def _same(mine: Any, theirs: Any) -> bool:
     return bool(mine == theirs)
 
 
-def _quietly(iterable: Iterable[Any]) -> Iterable[Any]:
+def quietly(iterable: Iterable[Any]) -> Iterable[Any]:
     """The items of ``iterable`` without starting any load; of a list as it is now."""
     return list.copy(iterable) if isinstance(iterable, list) else iterable
 
 
-def _checked(npreload: int | None) -> int:
+def room_for(items: Iterable[Any]) -> tuple[int, list[int]]:
+    """The bytes that using ``items`` may take now, and those that each takes, by its headers.
+
+    What can't be read counts nothing here: the error comes when the item is used.
+    """
+    room: dict[DataCache, int] = {}
+    sizes = []
+    for item in items:
+        nbytes = 0
+        for cache, keys in _uses(item):
+            if cache not in room:
+                room[cache] = cache.obtainable()
+            for key in keys:
+                with suppress(Exception):
+                    nbytes += key.estimate()[1]
+        sizes.append(nbytes)
+    return min(room.values(), default=0), sizes
+
+
+def checked(npreload: int | None) -> int:
     if npreload is None:
         return memory.usable_cpus()
     if isinstance(npreload, bool) or not isinstance(npreload, int) or npreload < 0:
         raise ValueError(f"npreload is {npreload!r}: write a number of items, 0 or more")
     return npreload
+
+
+def _checked_order(order: Order) -> Order:
+    if order not in ("given", "any"):
+        raise ValueError(f'order is {order!r}: write "given" or "any"')
+    return order
 
 
 def glob(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from . import cache as caches
-from . import execute, writing
+from . import execute
 from ._buffers import LARGE
 from .arraylike import ArrayLike
 from .cache import DataCache
@@ -30,13 +30,13 @@ from .expression import (
     OpNode,
     ValueNode,
     describe,
-    files_under,
     walk,
 )
 from .inputs import path_of, value_node
 from .layout import layout_of
 from .outline import file_info
 from .recipe import pack, unpack
+from .saving import ImageFile, check_files, save
 from .sizes import nbytes_of
 from .source import Result, file_key
 
@@ -65,7 +65,8 @@ class LazyReadData(ArrayLike):
     A subclass may override `load_data`, which then loads whenever the data are needed.
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_cache", "_grid", "_made_in", "_node", "_result")
+    __slots__ = ("__dict__", "__weakref__", "_cache", "_claim", "_grid", "_made_in", "_node",
+                 "_result")  # fmt: skip
 
     filename: str | None
 
@@ -101,7 +102,7 @@ class LazyReadData(ArrayLike):
         path = path_of(data_or_filename)
         if path is None:
             self.filename = kwargs.pop("filename", None)
-            self._node: Node = self._charged(value_node(data_or_filename, self.filename or ""))
+            self._stand_for(self._charged(value_node(data_or_filename, self.filename or "")))
             return
         options = {**(read_options or {}), **kwargs}
         if allocator_context is not None:
@@ -110,11 +111,15 @@ class LazyReadData(ArrayLike):
             reader, options = _Override(type(self), self.__dict__), {}
         key = file_key(path, reader, options, dtype)
         self.filename = key.path
-        self._node = FileNode(key, nops, reader)
+        self._stand_for(FileNode(key, nops, reader))
+
+    def _stand_for(self, node: Node) -> None:
+        self._node = node
+        self._claim = node.claim() if isinstance(node, FileNode | OpNode) else None
 
     def _copy_from(self, other: LazyReadData) -> None:
         self.__dict__.update(other.__dict__)
-        self._node = other._node
+        self._stand_for(other._node)
         self._result = other._result
         if self._cache is None:
             self._cache = other._cache
@@ -148,8 +153,7 @@ class LazyReadData(ArrayLike):
         except AttributeError as error:
             # Python would take it for a missing attribute of the proxy, and drop it.
             raise RuntimeError(f"{describe(node)}: {error}") from error
-        if result is not None and node is self._node:
-            self._result = result
+        self._keep(node, result)
         return value
 
     @data.setter
@@ -288,21 +292,15 @@ class LazyReadData(ArrayLike):
     def save(self, path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> None:
         """Write the data as an image or ``.npy`` file, with the orientation of their source.
 
-        Without ``dtype`` the type on disk is that of the data. Raises `WriteError`, before
+        Without ``dtype`` the type on disk is that of the data. Where the budget has no room for
+        the result, it is written as it is computed, and isn't kept. Raises `WriteError`, before
         anything is computed if the path can't be written to or is one of the inputs.
         """
-        inputs = [node.key.path for node in files_under([self._node])]
-        writing.check_output(path, inputs)
-        if isinstance(self._node, FileNode):
-            self._node.looked = False
-        data = self.data
-        if not isinstance(data, np.ndarray | np.generic):
-            raise TypeError(f"{self!r} is no array: only arrays can be saved as an image")
-        info = self._info()
-        writing.write_image(
-            path, data, affine=info.affine, header=info.header, dtype=dtype, inputs=inputs
-        )
-        caches.forget_file(path)
+        node = self._node
+        file = ImageFile(path, dtype)
+        check_files([file], [node])
+        [(_, result)] = save([node], [file], self._use())
+        self._keep(node, result)
 
     def to_nibabel(self) -> Any:
         """A nibabel image over this proxy: it loads, and gives a copy, whenever data are asked."""
@@ -341,7 +339,8 @@ class LazyReadData(ArrayLike):
     def __copy__(self) -> Self:
         other = object.__new__(type(self))
         other._cache, other._grid, other._made_in = self._cache, self._grid, self._made_in
-        other._node, other._result = self._node, self._result
+        other._stand_for(self._node)
+        other._result = self._result
         other.__dict__.update(self.__dict__)
         return other
 
@@ -351,7 +350,7 @@ class LazyReadData(ArrayLike):
         node = self._node
         if isinstance(node, ValueNode) and not isinstance(node.value, np.ndarray):
             value = copy.deepcopy(node.value, memo)
-            other._node = ValueNode(value, node.name, node.affine, node.header)
+            other._stand_for(ValueNode(value, node.name, node.affine, node.header))
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -363,13 +362,21 @@ class LazyReadData(ArrayLike):
         other = object.__new__(LazyReadData)
         other._cache, other._grid = self._cache, self._grid
         other._made_in = self._made_in
-        other._node, other._result = self._charged(node), None
+        other._stand_for(self._charged(node))
+        other._result = None
         other.allocator_context = other.read_options = other.reader = None
         other.kwargs, other.filename = {}, self.filename
         return other
 
     def _become(self, node: Node) -> None:
-        self._node, self._result = self._charged(node), None
+        self._stand_for(self._charged(node))
+        self._result = None
+
+    def _keep(self, node: Node, result: Result | None) -> None:
+        """``node`` was computed: its operands' values may go."""
+        if result is not None and node is self._node:
+            self._result = result
+            self._claim = None
 
     def _charged(self, node: Node) -> Node:
         """``node``, whose arrays were copied when it was made: they count from now on.
@@ -388,6 +395,12 @@ class LazyReadData(ArrayLike):
         key = node.key
         part = file_key(key.path, node.reader, key.options, key.dtype, index)
         return FileNode(part, node.handle.nops, node.reader, node, index)
+
+    def _has_room(self) -> bool:
+        if not isinstance(self._node, OpNode) or execute.available(self._node):
+            return False
+        layout = self._info().layout
+        return layout is None or 2 * layout.nbytes <= self._use().obtainable()
 
     def _is_array(self) -> bool:
         if self._info().layout is not None:
@@ -445,7 +458,7 @@ def _restore(
     proxy._cache, proxy._grid, proxy._made_in = None, grid, _scope_here()
     proxy._result = None
     proxy.__dict__.update(attributes)
-    proxy._node = unpack(packed)
+    proxy._stand_for(unpack(packed))
     for node in walk([proxy._node]):
         proxy._charged(node)
     return proxy

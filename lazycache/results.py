@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import DTypeLike
 
-from . import execute, writing
-from .cache import forget_file
-from .errors import WriteError
-from .expression import files_under
+from . import execute
+from .execute import Computed
+from .expression import Node
 from .proxy import LazyReadData
+from .saving import ImageFile, check_files, save
 
 
 def compute(*expressions: Any) -> tuple[Any, ...]:
@@ -25,18 +24,12 @@ def compute(*expressions: Any) -> tuple[Any, ...]:
     if not proxies:
         return expressions
     nodes = [proxy._node for proxy in proxies]
-    label = f"computing {len(nodes)} results" if len(nodes) > 1 else ""
-    computed = iter(execute.compute(nodes, proxies[0]._use(), label))
-    values = []
-    for item, node in zip(expressions, _nodes(expressions), strict=True):
-        if node is None:
-            values.append(item)
-            continue
-        value, result = next(computed)
-        if result is not None and item._node is node:
-            item._result = result
-        values.append(value)
-    return tuple(values)
+    computed = execute.compute(nodes, proxies[0]._use(), _label(nodes))
+    _remember(proxies, nodes, computed)
+    values = iter(computed)
+    return tuple(
+        next(values).value if isinstance(item, LazyReadData) else item for item in expressions
+    )
 
 
 def save_all(
@@ -45,24 +38,29 @@ def save_all(
     """Compute all results in one go and write each to its path, as `LazyReadData.save` does.
 
     All paths are checked before anything is read: `WriteError` for one that can't be written to,
-    is an input of any of the results, or is named twice. If writing one fails, those before it
-    stand and that one is left as it was.
+    is an input of any of the results, or is named twice. If writing one fails, those
+    that are complete by then stand, and the others are left as they were.
     """
-    inputs = [node.key.path for node in files_under(n for n in _nodes(results.values()) if n)]
-    seen: set[str] = set()
-    for path in results:
-        writing.check_output(path, inputs)
-        place = os.path.realpath(path)
-        if place in seen:
-            raise WriteError(f"{os.fspath(path)}: two results can't go to one file")
-        seen.add(place)
-    for (path, item), value in zip(results.items(), compute(*results.values()), strict=True):
-        if not isinstance(value, np.ndarray | np.generic):
-            raise TypeError(f"{item!r} is no array: only arrays can be saved as an image")
-        affine, header = getattr(item, "affine", None), getattr(item, "header", None)
-        writing.write_image(path, value, affine=affine, header=header, dtype=dtype, inputs=inputs)
-        forget_file(path)
+    files = [ImageFile(path, dtype) for path in results]
+    pairs = list(zip(results.values(), files, strict=True))
+    lazy = [(item, file) for item, file in pairs if isinstance(item, LazyReadData)]
+    check_files(files, [item._node for item, _ in lazy])
+    nodes = [item._node for item, _ in lazy]
+    if lazy:
+        cache = lazy[0][0]._use()
+        computed = save(nodes, [file for _, file in lazy], cache, _label(nodes))
+        _remember([item for item, _ in lazy], nodes, computed)
+    for item, file in pairs:
+        if not isinstance(item, LazyReadData):
+            file.write_whole(item)
 
 
-def _nodes(items: Any) -> list[Any]:
-    return [item._node if isinstance(item, LazyReadData) else None for item in items]
+def _label(nodes: Sequence[Node]) -> str:
+    return f"computing {len(nodes)} results" if len(nodes) > 1 else ""
+
+
+def _remember(
+    proxies: Sequence[LazyReadData], nodes: Sequence[Node], computed: Sequence[Computed]
+) -> None:
+    for proxy, node, (_, result) in zip(proxies, nodes, computed, strict=True):
+        proxy._keep(node, result)

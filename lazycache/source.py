@@ -15,17 +15,18 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from . import _buffers
 from ._parts import forward, index_text, normalise, sliced_affine
 from .errors import FileChangedError, ReadError
 from .readers import Reader, as_reader, reader_for
-from .readers.base import Probe
+from .readers.base import BlockReader, Blocks, Probe
 
 Fingerprint = tuple[tuple[str, int, int, int], ...]
 
@@ -200,16 +201,30 @@ class FileKey(Key):
         try:
             value = self._read(known.probe)
         except Exception:
-            if not _same_files(known.fingerprint):
-                raise self._changed("while it was read") from None
+            self._check(known)
             raise
         if value is None:
             raise ReadError(
                 f"{self.path}: the reader {self._reader().name!r} returned None in place of data"
             )
-        if not _same_files(known.fingerprint):
-            raise self._changed("while it was read")
+        self._check(known)
         return _buffers.readonly(value) if isinstance(value, np.ndarray) else value
+
+    def open_blocks(self) -> FileBlocks:
+        """The data a block at a time, where the probe says that they can be had so."""
+        known = self._look()
+        if not _same_files(known.fingerprint):
+            raise self._changed("after its header was read")
+        options = dict(self.options)
+        if self.dtype is not None:
+            options["dtype"] = self.dtype
+        reader = cast(BlockReader, self._reader())
+        try:
+            blocks = reader.open_blocks(self.path, **options)
+        except Exception:
+            self._check(known)
+            raise
+        return FileBlocks(self, known, blocks)
 
     def _read(self, probe: Probe) -> Any:
         reader = self._reader()
@@ -255,6 +270,10 @@ class FileKey(Key):
     def _adapt(self, reader: Reader, probe: Probe) -> Probe:
         """The probe of the file made that of the part, in the dtype asked for."""
         shape, affine, dtype = probe.shape, probe.affine, probe.dtype
+        converts = getattr(reader, "converts", False)
+        in_blocks = self.part is None and hasattr(reader, "open_blocks")
+        if not in_blocks or (self.dtype is not None and not converts):
+            probe = replace(probe, in_blocks=False)
         if shape is None or dtype is None or (self.part is None and self.dtype is None):
             return probe
         transient = max(0, probe.peak_nbytes - probe.nbytes)
@@ -274,24 +293,56 @@ class FileKey(Key):
             reason = "asked for"
         else:
             reason = probe.dtype_reason
-        return Probe(
-            format=probe.format,
+        return replace(
+            probe,
             shape=shape,
             dtype=dtype,
             nbytes=nbytes,
             peak_nbytes=nbytes + transient,
-            files=probe.files,
-            order=probe.order,
             affine=affine,
-            header=probe.header,
             dtype_reason=reason,
         )
+
+    def _check(self, known: _Known) -> None:
+        """Raise `FileChangedError` if the files aren't those that were probed."""
+        if not _same_files(known.fingerprint):
+            raise self._changed("while it was read") from None
 
     def _changed(self, when: str) -> FileChangedError:
         self._known = None
         return FileChangedError(
             f"{self.path} changed {when}: run the computation again once nobody writes to it"
         )
+
+
+class FileBlocks:
+    """The data of a `FileKey` forwards, a block at a time; see `lazycache.readers.base.Blocks`."""
+
+    def __init__(self, key: FileKey, known: _Known, blocks: Blocks) -> None:
+        self._key = key
+        self._known = known
+        self._blocks = blocks
+
+    def into(self, flat: NDArray[Any]) -> None:
+        try:
+            self._blocks.into(flat)
+        except Exception:
+            self.finish()
+            raise
+
+    def skip(self, count: int) -> None:
+        try:
+            self._blocks.skip(count)
+        except Exception:
+            self.finish()
+            raise
+
+    def finish(self) -> None:
+        """Raise `FileChangedError` if the files aren't those that were probed."""
+        self._key._check(self._known)
+
+    def close(self) -> None:
+        self._blocks.close()
 
 
 _keys: weakref.WeakValueDictionary[Hashable, FileKey] = weakref.WeakValueDictionary()

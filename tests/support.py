@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import numpy as np
 from lazycache import _buffers
 from lazycache._table import Table
 from lazycache.cache import DataCache
+from lazycache.readers import reader_for
+from lazycache.readers.base import Probe
 from lazycache.source import Key
 
 UNIT = 1000
@@ -67,6 +70,24 @@ class Made(Key):
 
     def __repr__(self) -> str:
         return self.name
+
+
+class Whole:
+    """The default reader of a file, which gives it as a whole only."""
+
+    name = "whole"
+
+    def can_read(self, path: str) -> bool:
+        return True
+
+    def probe(self, path: str, **options: Any) -> Probe:
+        return replace(reader_for(path).probe(path, **options), in_blocks=False)
+
+    def read(self, path: str, **options: Any) -> Any:
+        return reader_for(path).read(path, **options)
+
+
+WHOLE = Whole()
 
 
 class Gate:

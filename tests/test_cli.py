@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -186,7 +187,9 @@ class TestArguments:
         assert ran.err.startswith("lazycache: error: ")
         assert says in ran.err
 
-    @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["eval", "--help"]])
+    @pytest.mark.parametrize(
+        "argv", [["--help"], ["--version"], ["eval", "--help"], ["explain", "--help"]]
+    )
     def test_help_and_version_are_results(self, run: Run, argv: list[str]) -> None:
         ran = run(*argv)
         assert (ran.status, ran.err) == (0, "")
@@ -450,6 +453,92 @@ class TestEval:
             assert os.environ.get("LAZYCACHE_THREADS") == before
 
 
+class TestExplain:
+    MAPS = (*FILES, "-o", "m.nii.gz=mean(images)", "-o", "s.nii=std(images, ddof=1)")
+
+    def test_the_plan_is_printed_and_nothing_is_read_or_written(
+        self, run: Run, volumes: Any
+    ) -> None:
+        for name in FILES:
+            cut(name)
+        for argv in (("explain", *self.MAPS), ("eval", "--dry-run", *self.MAPS)):
+            ran = run(*argv, "--budget", "8MiB")
+            assert (ran.status, ran.err) == (0, "")
+            assert "files   5 files, each read once: 3.28 KiB of data\n" in ran.out
+            assert "budget  8 MiB: fits; the smallest budget that works is " in ran.out
+            assert leftovers() == set()
+
+    def test_it_tells_what_eval_then_does(self, run: Run) -> None:
+        random = np.random.default_rng(0)
+        files = [f"v{k}.nii" for k in range(8)]
+        for name in files:
+            image(name, random.integers(0, 100, (60, 60, 50)).astype(np.int16))
+        maps = (*files, "-o", "m.nii=mean(images)", "-o", "s.nii=std(images)")
+        for budget in ("64MiB", "5.2MiB"):
+            plan = run("explain", *maps, "--budget", budget)
+            line = run("eval", *maps, "--budget", budget).err
+            assert plan.status == 0
+            reads = "8 files, each read once" if budget == "64MiB" else "8 files, 16 reads"
+            assert reads in plan.out
+            assert ("8 files read" if budget == "64MiB" else "16 reads of 8 files") in line
+            peak = re.search(r"^peak +(.*) of memory$", plan.out, re.MULTILINE)
+            assert peak is not None
+            assert f"peak {peak[1]} of " in line
+
+    def test_a_budget_that_is_too_small_is_status_1_and_the_one_that_it_names_works(
+        self, run: Run, volumes: Any, monkeypatch: Any
+    ) -> None:
+        monkeypatch.setenv("LAZYCACHE_STRICT", "1")
+        assert run("eval", *self.MAPS, "--budget", "10kB").status == 1
+        ran = run("explain", *self.MAPS, "--budget", "10kB")
+        assert ran.status == 1
+        assert "budget  9.77 KiB: does not fit; the smallest budget that works is " in ran.out
+        assert ran.err.startswith("lazycache: error: the budget of 9.77 KiB is too small: ")
+        enough = re.search(r"--budget, (.*) or more$", ran.err.strip())
+        assert enough is not None
+        assert leftovers() == set()
+        assert run("explain", *self.MAPS, "--budget", enough[1])[::2] == (0, "")
+        assert run("eval", *self.MAPS, "--budget", enough[1]).status == 0
+
+    def test_what_goes_to_a_file_need_not_fit(self, run: Run) -> None:
+        image("run.nii", np.ones((40, 40, 30, 60), np.int16))
+        formula = "(I1 - I1.mean(axis=-1, keepdims=True)) / 2"
+        argv = ["explain", formula, "run.nii", "--budget", "8MiB"]  # the result takes 22 MiB
+        assert run(*argv, "-o", "z.nii").status == 0
+
+    def test_numbers_are_planned_too(self, run: Run, volumes: Any) -> None:
+        ran = run("explain", "np.mean(I1)", "s1.nii.gz")
+        assert (ran.status, ran.err) == (0, "")
+        assert "files   1 file, read once: 672 B of data\n" in ran.out
+        assert "files   nothing is read\n" in run("explain", "1 + 1").out
+
+    def test_it_says_why_a_type_is_not_the_one_on_disk(self, run: Run) -> None:
+        scaled = nib.Nifti1Image(np.linspace(0, 1, 336).reshape(SHAPE), AFFINE)
+        scaled.set_data_dtype(np.int16)
+        nib.save(scaled, "scaled.nii")
+        ran = run("explain", "I1 + 1", "scaled.nii", "-o", "o.nii")
+        assert "type    float64 for scaled.nii: int16 on disk, scaled by scl_slope" in ran.out
+
+    @pytest.mark.parametrize(
+        ("argv", "status", "says"),
+        [
+            (["I1", "s1.nii.gz", "-o", "s1.nii.gz"], 2, "is an input"),
+            (["I1 + I2", "s1.nii.gz", "-o", "o.nii"], 2, "only one image"),
+            (["I1", "s1.nii.gz"], 2, "say with -o where"),
+            (["I1", "s1.nii.gz", "-o", "none/o.nii"], 2, "no folder none"),
+            (["I1", "none.nii", "-o", "o.nii"], 1, "none.nii: no such file"),
+            (["I1", "s1.nii.gz", "-o", "o.nii", "--budget", "4G"], 2, "4G"),
+            (["--dry-run", "I1", "s1.nii.gz", "-o", "o.nii"], 2, "--dry-run"),
+        ],
+    )
+    def test_what_is_wrong_is_told_as_eval_tells_it(
+        self, run: Run, volumes: Any, argv: list[str], status: int, says: str
+    ) -> None:
+        ran = run("explain", *argv)
+        assert (ran.status, ran.out, leftovers()) == (status, "", set())
+        assert says in ran.err
+
+
 class TestNothingIsReadWhenTheCommandIsWrong:
     """Status 2 although an input is missing: that would be found first if anything were read."""
 
@@ -546,7 +635,7 @@ class TestBadInput:
         nib.save(nib.gifti.GiftiImage(darrays=[points]), "mesh.gii")
         ran = run("eval", "I1", "mesh.gii", "-o", "o.nii")
         assert (ran.status, leftovers()) == (1, {"mesh.gii"})
-        assert "o.nii: the result of I1 is no array" in ran.err.splitlines()[-1]
+        assert "o.nii: the result is no array" in ran.err.splitlines()[-1]
 
     def test_an_error_that_nobody_foresaw_is_one_line_too(
         self, run: Run, volumes: Any, monkeypatch: Any

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import WHOLE
 
-from lazycache import _buffers, execute
+from lazycache import _buffers, execute, program
 from lazycache import functions as lc
 from lazycache.cache import DataCache
 from lazycache.errors import (
@@ -24,6 +25,7 @@ from lazycache.errors import (
     ShapeMismatchError,
 )
 from lazycache.expression import FileNode
+from lazycache.plan import explain
 from lazycache.proxy import LazyReadData
 from lazycache.results import compute
 
@@ -67,12 +69,12 @@ NEEDED = {
     "lc.sum": (2, lambda v: lc.sum(v)),
     "mean": (2, lambda v: lc.mean(v)),
     "max": (2, lambda v: lc.max(v)),
-    "std": (4, lambda v: lc.std(v)),
+    "std": (3.1, lambda v: lc.std(v)),
     "nanmean": (5, lambda v: lc.nanmean(v)),
-    "formula": (4, lambda v: (v[0] * 2 + v[1] * v[2]) / 1.2),
+    "formula": (3.1, lambda v: (v[0] * 2 + v[1] * v[2]) / 1.2),
     "in place": (3, lambda v: in_place(v)),
     "view": (1, lambda v: v[3].T),
-    "slice of half": (1, lambda v: v[0][..., 30:] * 2),
+    "slice of half": (1.5, lambda v: v[0][..., 30:] * 2),
     "repeated": (2, lambda v: v[0] * v[0] + v[0]),
     "comparison": (2.25, lambda v: v[0] > v[1]),
     "power": (2, lambda v: v[0] ** 2),
@@ -105,13 +107,36 @@ def test_no_more_volumes_than_needed_are_in_memory_at_once(name, folder):
     volumes, make = NEEDED[name]
     expected = make(arrays_in(folder)) if name not in ("in place", "item assignment") else None
     enough = DataCache(int(VOLUME * volumes) + 4096, strict=True)
-    found = make(proxies_in(folder, enough)).data
+    found = make(proxies_in(folder, enough, reader=WHOLE)).data
     stats = enough.stats()
     assert (stats.overcommits, stats.load_failures) == (0, 0)
     if isinstance(expected, np.ndarray):
         assert found.tobytes() == expected.tobytes()
         assert found.strides == expected.strides
     less = DataCache(int(VOLUME * (volumes - 0.3)), strict=True)
+    with pytest.raises(BudgetExceededError):
+        make(proxies_in(folder, less, reader=WHOLE)).data
+    assert less.stats().loads == 0, "refused before anything was read"
+
+
+BY_BLOCKS = NEEDED.keys() - {"view", "slice of half", "item assignment"}
+
+
+@pytest.mark.parametrize("name", sorted(BY_BLOCKS))
+def test_what_goes_by_blocks_needs_less_than_with_whole_volumes(name, folder):
+    volumes, make = NEEDED[name]
+    expected = None if name == "in place" else make(arrays_in(folder))
+    cache = DataCache("1GiB")
+    budget = explain(make(proxies_in(folder, cache))).min_budget
+    cache = DataCache(budget, strict=True)
+    found = make(proxies_in(folder, cache)).data
+    stats = cache.stats()
+    assert (stats.overcommits, stats.load_failures) == (0, 0)
+    assert stats.peak_bytes <= budget < VOLUME * volumes
+    if isinstance(expected, np.ndarray):
+        assert found.tobytes() == expected.tobytes()
+        assert found.strides == expected.strides
+    less = DataCache(budget - 1, strict=True)
     with pytest.raises(BudgetExceededError):
         make(proxies_in(folder, less)).data
     assert less.stats().loads == 0, "refused before anything was read"
@@ -126,6 +151,7 @@ def test_each_file_is_read_once(name, folder):
 
 def test_a_shared_subexpression_is_computed_once(folder, cache, monkeypatch):
     calls = []
+    monkeypatch.setattr(program, "_WORTH_IT", 1 << 40)
     a, b, *_ = proxies_in(folder, cache)
     shared = a + b
     step = execute._Run._step

@@ -9,6 +9,7 @@ import ast
 import gzip
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -690,7 +691,7 @@ for _ in range(3):
     whole(cache)
     fails(lambda: np.stack(v).data, ".npy")
     whole(cache)
-    fails(lambda: lc.save_all({f"{folder}/out.npy": lc.median(v)}), ".npy")
+    fails(lambda: lc.save_all({f"{folder}/out.npy": np.stack(v)}), ".npy")
     assert not os.path.exists(f"{folder}/out.npy")
     whole(cache)
     assert not (v[0] + v[1]).data.any()
@@ -1205,7 +1206,7 @@ def test_a_result_that_does_not_fit_on_the_disk_leaves_what_was_there(
     assert left == old
 
 
-def test_of_several_results_those_before_the_one_that_does_not_fit_stand(
+def test_of_several_results_written_together_none_stands_if_one_does_not_fit(
     full: tuple[str, ...], noise: Path, tmp_path: Path
 ) -> None:
     names = ["fits.nii.gz", "out.nii.gz", "out.npy"]
@@ -1213,10 +1214,9 @@ def test_of_several_results_those_before_the_one_that_does_not_fit_stand(
     done, left = run_on_a_full_disk(
         full, tmp_path, SAVING, noise, "save_all", *(tmp_path / name for name in names)
     )
-    assert f"{tmp_path / 'out.nii.gz'}: can't be written" in must_end_well(done)
-    assert left.keys() == old.keys()
-    assert len(left["fits.nii.gz"]) > 100_000
-    assert {name: left[name] for name in names[1:]} == {name: old[name] for name in names[1:]}
+    # They are written while they are computed; which of them meets the end of the room is chance.
+    assert re.search(r"out\.(npy|nii\.gz): can't be written", must_end_well(done))
+    assert left == old
 
 
 def test_the_command_tells_that_a_result_does_not_fit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -73,6 +74,12 @@ class TestWhatAFormulaMayUse:
             ("sum(i * j for i in images[:2] for j in images[:2])", 9 * A * A),
             ("sum(w * i for w, i in [(0.5, I1), (2, I2)])", 0.5 * A + 2 * B),
             ("sum(sum(j for j in images[:k]) for k in (1, 2))", 2 * A + B),
+            ("mean(i for k, i in enumerate(images) if k not in (1, 3))", (A + C + E) / 3),
+            ("sum(i for k, i in enumerate(images) if 0 < k < 4 and not k == 2)", B + D),
+            ("sum(i if k < 2 else -i for k, i in enumerate(images[:3]))", A + B - C),
+            ("I1 if len(images) > 3 else I2 if len(images) else I3", A),
+            ("sum(i for i in images if len(images) == 5 or False)", A + B + C + D + E),
+            ("sum(images[k] for k in range(5) if k in [0] or k >= 4)", A + E),
             ("where(I1 > 2, I1, 0)", np.where(A > 2, A, 0)),
             ("(I1 > 1) & (I1 <= 4) | ~(I2 != 4)", (A > 1) & (A <= 4) | ~(B != 4)),
             ("np.sqrt(I1) + numpy.log1p(I2)", np.sqrt(A) + np.log1p(B)),
@@ -197,8 +204,40 @@ def test_operators_bind_as_they_do_in_python(text: str) -> None:
     assert run(text, images, **inputs).text == expected.text
 
 
+def conditions() -> st.SearchStrategy[str]:
+    leaf = st.sampled_from(["0", "1", "2", "3", "True", "False"])
+    words = st.sampled_from(["and", "or", "<", ">=", "==", "!=", "+", "-"])
+
+    def grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+        return st.one_of(
+            st.tuples(inner, words, inner).map(" ".join),
+            inner.map("({} in (1, 2))".format),
+            inner.map("({} not in (1, 2))".format),
+            st.tuples(inner, st.just("if"), inner, st.just("else"), inner).map(" ".join),
+            inner.map("(not {})".format),
+            inner.map("({})".format),
+        )
+
+    return st.recursive(leaf, grow, max_leaves=10)
+
+
+@given(conditions())
+def test_conditions_on_numbers_mean_what_they_do_in_python(text: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        try:
+            expected = eval(text)
+        except SyntaxError:
+            with pytest.raises(FormulaError):
+                run(text)
+            return
+    assert run(text) == expected
+    assert type(run(text)) is type(expected)
+
+
 TOKENS = ["I1", "I9", "images", "image", "np", ".", "sqrt", "sum", "(", ")", "[", "]", ",", ":"]
 TOKENS += ["+", "**", "-", "<", "for", "in", "if", "x", "=", "1", "0.5", "...", "'f4'", "lambda"]
+TOKENS += ["and", "or", "if", "else", "in", "not", "<", "&&", "!"]
 TOKENS += ["range", "zip", "&", "not", "None", "_", "$", "{", "axis", "astype", "mean", "\n", '"']
 
 
@@ -236,7 +275,29 @@ class TestErrorsPointAtThePlace:
             ("I1 or I2", "write (a) | (b)", "or"),
             ("not I1", "write ~(a)", "not"),
             ("I1 if I2 else I3", "where(condition, a, b)", "if"),
-            ("I1 in images", "'in' has no place", "in"),
+            ("I1 in images", "write (a == 1) | (a == 2)", "in"),
+            ("I1 not in (1, 2)", "write (a == 1) | (a == 2)", "not in"),
+            ("1 in I1", "'in' looks for a number in a list", "in"),
+            ("(1) in 2", "'in' looks for a number in a list", "in"),
+            ("0 < 1 < I1", "write (a < b) & (b < c)", "<"),
+            ("(I1 > 1) or (I2)", "write (a) | (b)", "or"),
+            ("1 and 2 and I1", "write (a) & (b)", "and"),
+            ("not I1 > 2", "write ~(a)", "not"),
+            ("(I1) if (I2 > 0) else I3", "where(condition, a, b)", "if"),
+            ("I1 if I2", "this 'if' has no 'else'", "if"),
+            ("I1 else I2", "there is no 'if'", "else"),
+            ("or I1", "a value is missing before 'or'", "or"),
+            ("1 + not 2", "put this 'not' into brackets", "not"),
+            ("I1 not I2", "an operator is missing", "I2"),
+            ("I1 && I2", "write (a) & (b)", "&&"),
+            ("I1 || I2", "write (a) | (b)", "||"),
+            ("!I1", "write ~(a)", "!"),
+            ("I1 <> I2", "write a != b", "<>"),
+            ("where(I1 > 2, I1, nan)", "write np.nan", "nan"),
+            ("I1.astype(float32)", "write np.float32", "float32"),
+            ("max(1, 2)", "write max([a, b])", "max(1, 2)"),
+            ("max(I1, I2)", "write max([a, b])", "max(I1, I2)"),
+            ("sum(i for i in images if i is not I1)", "write == to compare", "is"),
             ("I1 is I2", "write ==", "is"),
             ("lambda x: x", "defines no functions", "lambda"),
             ("(x := I1)", "gives no names", ":="),
@@ -364,6 +425,13 @@ class TestEvaluate:
                 assert value.data.dtype == expected.dtype
                 np.testing.assert_array_equal(value.data, expected)
 
+    def test_no_loop_decides_by_what_would_have_to_be_read(self, files: list[Path]) -> None:
+        with DataCache("64MiB") as cache:
+            for text in ("sum(i for i in images if i.max() > 2)", "I1 if np.max(I1) > 3 else I2"):
+                with pytest.raises(FormulaError, match=r"what is computed|voxel by voxel"):
+                    evaluate(text, files)
+            assert cache.stats().misses == 0
+
     def test_inputs_may_be_anything_that_a_proxy_may_be(self, files: list[Path]) -> None:
         images = [str(files[0]), LazyReadData(files[1]), C]
         value = evaluate("(I1 + I2 + I3) * scale", images, scale=2.0)
@@ -452,6 +520,8 @@ class TestNothingElseRuns:
             "10.0 ** 10000",
             "(" * 2000 + "1" + ")" * 2000,
             "-" * 5000 + "1",
+            "not " * 5000 + "1",
+            "1 if 1 else " * 5000 + "1",
             "I1" + "[0]" * 5000,
             "2" + "**1" * 5000,
             "[" * 100_000,

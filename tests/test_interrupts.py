@@ -11,13 +11,16 @@ nothing of where the interrupt was.
 
 from __future__ import annotations
 
+import _thread
 import ast
 import asyncio
 import gc
+import os
 import random
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -30,6 +33,7 @@ from support import SOON, UNIT, Blocked, Made, Running, load, table_of
 
 import lazycache
 import lazycache as lc
+from lazycache import program
 from lazycache.cache import DataCache, get_cache
 from lazycache.proxy import LazyReadData
 from lazycache.source import Handle, Result
@@ -42,8 +46,17 @@ CORE = {
 }
 ABOVE = {
     str(PACKAGE / f"{name}.py")
-    for name in ("proxy", "execute", "preload", "results", "expression", "outline", "writing")
+    for name in (
+        "proxy", "execute", "preload", "results", "expression", "outline", "writing", "saving",
+    )
+}  # fmt: skip
+
+# What runs while blocks do, and what is asked beforehand.
+STREAMING = {
+    str(PACKAGE / f"{name}.py")
+    for name in ("execute", "streaming", "saving", "writing", "_sinks", "totals", "voxelwise")
 }
+PLANNING = {str(PACKAGE / f"{name}.py") for name in ("outline", "planning", "program", "spaces")}
 
 Place = tuple[str, int]
 
@@ -71,7 +84,7 @@ def _only_ends(node: ast.AST) -> TypeGuard[ast.stmt]:
     return isinstance(node, ast.Continue | ast.Break | ast.Pass)
 
 
-IDLE = idle_lines(CORE | ABOVE)
+IDLE = idle_lines(CORE | ABOVE | STREAMING | PLANNING)
 
 
 class World:
@@ -581,3 +594,177 @@ def test_an_interrupt_at_any_line_of_a_plan_a_loop_or_a_save_is_undone(
         except BaseException as error:
             told(error, interrupts)
             raise
+
+
+class Streams(Plans):
+    """The same, where everything goes by blocks of a few elements, and a compressed file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.cache.budget = "8MiB"  # what compresses takes some
+        self.images.append(LazyReadData(folder / "packed.nii.gz", cache=self.cache))
+        self.truth.append(np.asarray(nib.load(folder / "packed.nii.gz").dataobj))
+        self.cache.clear()
+        self.target = folder / "out.nii.gz"
+        nib.Nifti1Image(self.old, np.eye(4)).to_filename(self.target)
+        self.threads = _thread._count()
+        self.opened = opened()
+
+    def look(self) -> None:
+        deadline = time.monotonic() + SOON
+        while _thread._count() > self.threads:  # they end by themselves
+            assert time.monotonic() < deadline, "a thread is left"
+        assert opened() == self.opened
+        super().look()
+
+
+def opened() -> list[str]:
+    """The files of the scenarios that are open."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the folder that is being listed
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return [path for path in found if path.endswith((".nii", ".nii.gz"))]
+
+
+@pytest.fixture
+def by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "_WORTH_IT", 0)
+    monkeypatch.setattr(program, "_SHORTEST", 64)
+
+
+@pytest.fixture(scope="module")
+def streamed(folder: Path) -> Path:
+    values = np.arange(250, dtype=np.int16).reshape(5, 5, 10)
+    nib.Nifti1Image(values, np.eye(4)).to_filename(folder / "packed.nii.gz")
+    return folder
+
+
+def once(plans: Plans) -> Iterator[LazyReadData]:
+    """Proxies that nobody keeps: what was read of their files isn't kept either."""
+    for path in [*plans.paths, plans.folder / "packed.nii.gz"]:
+        yield LazyReadData(path, cache=plans.cache)
+
+
+def mean_and_sd(plans: Plans) -> None:
+    images = list(once(plans))
+    results = [lc.mean(images), lc.std(images, ddof=1)]
+    images.clear()
+    lc.compute(*results)
+
+
+def in_turn(plans: Plans) -> None:
+    """With hardly any memory each file is opened again and again."""
+    median = lc.median(once(plans))
+    plans.cache.budget = lc.explain(median).min_budget
+    median.data
+
+
+def along_axes(plans: Plans) -> None:
+    def results() -> list[LazyReadData]:
+        *_, a, b = once(plans)
+        return [(a + b).max(0), (a * b).sum()]
+
+    lc.compute(*results())
+
+
+def voxels(plans: Plans) -> None:
+    lc.map_voxels(lambda block: block.max(0), once(plans), mask=plans.images[1]).data
+
+
+def save_mean(plans: Plans) -> None:
+    new = np.mean(np.stack(plans.truth), 0)
+    try:
+        lc.mean(once(plans)).save(plans.target)
+    finally:
+        found = np.asarray(nib.load(plans.target).dataobj)
+        assert np.array_equal(found, plans.old) or np.array_equal(found, new)
+
+
+def save_several(plans: Plans) -> None:
+    others = [plans.folder / "other.nii", plans.folder / "third.npy"]
+
+    def results() -> dict[Path, LazyReadData]:
+        *_, a, b = once(plans)
+        return dict(zip([plans.target, *others], [a + b, a - b, a * b], strict=True))
+
+    try:
+        lc.save_all(results())
+    finally:
+        for path in others:
+            path.unlink(missing_ok=True)
+
+
+STREAMED = [mean_and_sd, in_turn, along_axes, voxels, save_mean, save_several]
+
+
+def check_streams_after(
+    scenario: Callable[[Plans], None],
+    folder: Path,
+    files: set[str],
+    error: type[BaseException],
+    *numbers: int,
+) -> list[Place]:
+    plans = Streams(folder)
+    interrupts = Interrupts(files, error, *numbers)
+    try:
+        interrupts.run(lambda: scenario(plans))
+        if len(interrupts.raised) > 1:
+            gc.collect()  # what nothing could end is in cycles with the frames of the interrupts
+        plans.look()
+    except BaseException as failure:
+        told(failure, interrupts)
+        raise
+    return interrupts.places
+
+
+@pytest.mark.parametrize("scenario", STREAMED, ids=lambda scenario: scenario.__name__)
+@pytest.mark.usefixtures("by_blocks")
+def test_an_interrupt_at_any_line_of_what_goes_by_blocks_is_undone(
+    scenario: Callable[[Plans], None], streamed: Path
+) -> None:
+    places = check_streams_after(scenario, streamed, STREAMING, KeyboardInterrupt)
+    first = firsts(places)
+    assert len(first) > 150
+    last = {place: number for number, place in enumerate(places, start=1)}
+    dice = random.Random(scenario.__name__)
+    # All scenarios together come to nearly all of these lines.
+    some = dice.sample(sorted(first.values()), len(first) // 3)
+    for number in sorted({*some, *dice.sample(sorted(last.values()), 15)}):
+        check_streams_after(scenario, streamed, STREAMING, KeyboardInterrupt, number)
+
+
+@pytest.mark.parametrize("scenario", STREAMED, ids=lambda scenario: scenario.__name__)
+@pytest.mark.usefixtures("by_blocks")
+def test_an_interrupt_of_what_cleans_up_after_blocks_leaves_nothing(
+    scenario: Callable[[Plans], None], streamed: Path
+) -> None:
+    """Close to the first, where a run ends its threads and closes its files."""
+    dice = random.Random(scenario.__name__)
+    count = len(check_streams_after(scenario, streamed, STREAMING, KeyboardInterrupt))
+    for number in dice.sample(range(1, count + 1), 6):
+        never = 1 << 60
+        after = check_streams_after(scenario, streamed, STREAMING, KeyboardInterrupt, number, never)
+        follow = range(1, len(after) - number + 1)
+        for second in dice.sample(follow, min(10, len(follow))):
+            check_streams_after(scenario, streamed, STREAMING, KeyboardInterrupt, number, second)
+
+
+@pytest.mark.usefixtures("by_blocks")
+@pytest.mark.parametrize("error", [MemoryError, SystemExit])
+def test_any_error_at_any_line_of_what_goes_by_blocks_is_undone(
+    error: type[BaseException], streamed: Path
+) -> None:
+    dice = random.Random(error.__name__)
+    for scenario in STREAMED:
+        first = firsts(check_streams_after(scenario, streamed, STREAMING, error))
+        for number in dice.sample(sorted(first.values()), 8):
+            check_streams_after(scenario, streamed, STREAMING, error, number)
+
+
+@pytest.mark.usefixtures("by_blocks")
+def test_an_interrupt_while_a_program_is_chosen_leaves_nothing(streamed: Path) -> None:
+    first = firsts(check_streams_after(save_mean, streamed, PLANNING, KeyboardInterrupt))
+    assert len(first) > 200
+    for number in random.Random(0).sample(sorted(first.values()), 30):
+        check_streams_after(save_mean, streamed, PLANNING, KeyboardInterrupt, number)

@@ -121,3 +121,28 @@ def test_stale_places_of_an_entry_that_is_filed_again_and_again_are_let_go(tier:
         ledger.put(use % 3, 1, tier, use)
     assert ledger.nbytes == 3
     assert len(ledger._next_use._heap) < 200
+
+
+def test_of_a_round_what_was_passed_last_goes_first_and_the_quietest_round_before_the_others() -> (
+    None
+):
+    ledger: Ledger[str] = Ledger()
+    for key in ("a1", "b1", "b2", "a2"):
+        ledger.put(key, 1, "spent", of=key[0])
+    assert [ledger.pop() for _ in range(2)] == ["b2", "b1"]
+    ledger.put("c1", 1, "spent", of="c")
+    ledger.touch("a1")
+    assert [ledger.pop() for _ in range(3)] == ["c1", "a1", "a2"]
+    assert ledger.pop() is None
+    ledger.check()
+
+
+@given(st.lists(KEYS, max_size=30), st.integers(0, 40))
+def test_the_use_after_a_position_is_the_first_one_behind_it(
+    keys: list[int], position: int
+) -> None:
+    schedule = Schedule(0, keys)
+    for key in set(keys):
+        behind = [1 + at for at, other in enumerate(keys) if other == key and 1 + at > position]
+        assert schedule.use_after(key, position) == (behind[0] if behind else None)
+    assert schedule.use_after(99, position) is None

@@ -235,7 +235,9 @@ def test_without_spatial_codes_there_is_no_affine(tmp_path: Path) -> None:
 
 def test_probe_says_why_the_dtype_is_not_the_one_on_disk(tmp_path: Path) -> None:
     path = str(write(tmp_path / "a.nii", voxels("i2"), slope=0.5, inter=3))
-    assert READER.probe(path).dtype_reason == "int16 on disk, scaled by 0.5 and 3"
+    assert (
+        READER.probe(path).dtype_reason == "int16 on disk, scaled by scl_slope 0.5 and scl_inter 3"
+    )
     assert READER.probe(path, dtype="f4").dtype_reason == "asked for"
     plain = str(write(tmp_path / "b.nii", voxels("i2")))
     assert READER.probe(plain).dtype_reason == ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import random
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +20,14 @@ from numpy.typing import NDArray
 from storming import THREADS, Act, Storm, Watch, choose_from, fast_switching
 
 import lazycache as lc
-from lazycache import CacheStats, DataCache, LazyReadData, PreloadIterator, PreloadList
+from lazycache import (
+    CacheStats,
+    DataCache,
+    LazyReadData,
+    PreloadIterator,
+    PreloadList,
+    program,
+)
 from lazycache.testing import FaultyReader
 
 Array = NDArray[Any]
@@ -34,6 +43,9 @@ HELD = (THREADS + HOLDERS) * VOLUME
 BUDGET = NEED + HELD
 # Enough for a scope in which one thread computes.
 SHARE = NEED + VOLUME
+# The same where all goes by blocks, some of it into compressed files.
+NEED_BY_BLOCKS = 20 * VOLUME
+BUDGET_BY_BLOCKS = NEED_BY_BLOCKS + HELD
 
 
 class InterruptedRead(BaseException):
@@ -131,11 +143,34 @@ def highest(lib: Any, *volumes: Any) -> Any:
     return lc.max(volumes) if lib is lc else np.max(np.stack(volumes), axis=0)
 
 
+def middle(lib: Any, *volumes: Any) -> Any:
+    return lc.median(volumes) if lib is lc else np.median(np.stack(volumes), axis=0)
+
+
+def spread(lib: Any, *volumes: Any) -> Any:
+    def width(block: Array) -> Array:
+        return block.max(0) - block.min(0)
+
+    return lc.map_voxels(width, volumes) if lib is lc else width(np.stack(volumes))
+
+
+def deviation(lib: Any, a: Any, b: Any) -> Any:
+    return (a + b).std(axis=-1)
+
+
+def product(lib: Any, a: Any, b: Any) -> Any:
+    return (a * b).sum()
+
+
 # The number of operands, at least and at most.
 COMPUTED: dict[Callable[..., Any], tuple[int, int]] = {
     formula: (3, 3), total: (2, 6), products: (2, 4), chosen: (3, 3), compared: (3, 3),
     sliced: (2, 2), planes: (3, 3), turned: (2, 2), along: (2, 2), largest: (2, 2),
     shared: (3, 3), viewed: (3, 3), mean: (2, 6), std: (2, 5), highest: (2, 6),
+}  # fmt: skip
+# Those that take more, and are for blocks.
+MORE: dict[Callable[..., Any], tuple[int, int]] = COMPUTED | {
+    middle: (2, 2), spread: (2, 2), deviation: (2, 2), product: (2, 2),
 }  # fmt: skip
 
 # Those that need little at once: if all waited for room, nothing would be loaded ahead.
@@ -152,8 +187,12 @@ def same(value: Any, expected: Any) -> None:
 class Files:
     """What the threads of a storm do with files whose contents are known."""
 
+    computed = COMPUTED
+    share = SHARE
+
     def __init__(self, files: list[tuple[Path, Array]], cache: DataCache) -> None:
         self.cache = cache
+        self.budget = cache.budget
         # As float32, so that each is a volume and so is each result.
         self.contents = {path: data.astype(np.float32) for path, data in files}
         self.raw = dict(files)
@@ -182,8 +221,8 @@ class Files:
     # Acts. None of them holds more than one volume at any time.
 
     def expression(self, dice: random.Random, **how: Any) -> None:
-        function = dice.choice(list(COMPUTED if dice.random() < 0.3 else LIGHT))
-        proxies = self.some(dice, dice.randint(*COMPUTED[function]), **how)
+        function = dice.choice(list(self.computed if dice.random() < 0.3 else LIGHT))
+        proxies = self.some(dice, dice.randint(*self.computed[function]), **how)
         with np.errstate(all="ignore"):
             expected = function(np, *map(self.content, proxies))
             result = function(lc, *proxies)
@@ -308,7 +347,7 @@ class Files:
     def scope(self, dice: random.Random) -> None:
         """A share of the budget, left in the usual way or by an exception."""
         try:
-            with DataCache(SHARE):
+            with DataCache(self.share):
                 self.inside(dice)
                 if dice.random() < 0.3:
                     raise LeavingError
@@ -324,7 +363,7 @@ class Files:
         """Scopes in generators, which begin and end in any order, or are forgotten."""
 
         def steps() -> Iterator[None]:
-            with DataCache(SHARE):
+            with DataCache(self.share):
                 for _ in range(2):
                     self.inside(dice)
                     yield
@@ -364,7 +403,7 @@ class Files:
                 proxy.release()
 
     def resize(self, dice: random.Random) -> None:
-        lc.set_budget(BUDGET + dice.choice([0, 2, 8]) * VOLUME)
+        lc.set_budget(self.budget + dice.choice([0, 2, 8]) * VOLUME)
 
     def ask(self) -> None:
         """What anybody may ask at any time."""
@@ -376,6 +415,32 @@ class Files:
         after = cache.stats() - before
         assert min(after.loads, after.hits, after.misses, after.evictions, after.waits) >= 0
         assert repr(cache)
+
+
+class Streams(Files):
+    """The same, and what goes by blocks only."""
+
+    computed = MORE
+    share = NEED_BY_BLOCKS + VOLUME
+
+    def save(self, dice: random.Random) -> None:
+        """Results that go to disk, block by block where they can."""
+        a, b = self.some(dice, 2)
+        folder = self.plain[0].parent / f"out-{threading.get_ident()}"
+        folder.mkdir(exist_ok=True)
+        paths = [folder / "out.npy", folder / dice.choice(["out.nii", "out.nii.gz"])]
+        lc.save_all({paths[0]: a - b, paths[1]: a + b})
+        x, y = self.content(a), self.content(b)
+        same(np.load(paths[0]), x - y)
+        same(np.asarray(nib.load(paths[1]).dataobj), x + y)
+        assert set(folder.iterdir()) == set(paths)
+        shutil.rmtree(folder)
+
+    def streamed(self, dice: random.Random) -> None:
+        """Files that nobody wants besides, in their own types."""
+        paths = self.paths(dice, 4)
+        result = lc.mean(lc.load(path) for path in paths)
+        same(result.data, np.mean(np.stack([self.raw[path] for path in paths]), axis=0))
 
 
 @pytest.fixture
@@ -420,13 +485,59 @@ def test_a_storm_of_everything_goes_on_while_the_budget_changes(
     assert stats.peak_bytes <= BUDGET + 8 * VOLUME
 
 
-@pytest.mark.parametrize("function", COMPUTED, ids=lambda function: function.__name__)
+@pytest.fixture
+def streams(files: list[tuple[Path, Array]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
+    """Volumes go by sixteen blocks."""
+    monkeypatch.setattr(program, "_WORTH_IT", 0)
+    monkeypatch.setattr(program, "_SHORTEST", VOLUME // 4 // 16)
+    lc.set_budget(BUDGET_BY_BLOCKS)
+    threads = _thread._count()
+    with fast_switching():
+        yield Streams(files, lc.get_cache())
+    gc.collect()
+    assert _thread._count() <= threads
+    assert not list(files[0][0].parent.rglob(".lazycache*"))
+
+
+def acts_by_blocks(streams: Streams) -> dict[Act, int]:
+    return acts(streams) | {streams.save: 3, streams.streamed: 4}
+
+
+def test_a_storm_by_blocks_keeps_values_and_budget(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    watch = Watch(monkeypatch, streams.cache)
+    choose = choose_from(acts_by_blocks(streams))
+    storm = Storm(watch, choose, pytestconfig.getoption("storm_seconds"))
+    storm.rage([streams.ask])
+    stats = streams.cache.stats()
+    assert stats.overcommits == 0
+    assert stats.peak_bytes <= BUDGET_BY_BLOCKS
+
+
+@pytest.mark.filterwarnings("ignore::lazycache.errors.BudgetExceededWarning")
+def test_a_storm_by_blocks_goes_on_while_the_budget_changes(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    watch = Watch(monkeypatch, streams.cache, holds=False)
+    choose = choose_from(acts_by_blocks(streams) | {streams.resize: 4})
+    storm = Storm(watch, choose, pytestconfig.getoption("storm_seconds"))
+    storm.rage([streams.ask])
+    stats = streams.cache.stats()
+    assert stats.overcommits <= stats.misses // 100
+    assert stats.peak_bytes <= BUDGET_BY_BLOCKS + 8 * VOLUME
+
+
+@pytest.mark.parametrize("worth_it", [0, program._WORTH_IT], ids=["blocks", "whole"])
+@pytest.mark.parametrize("function", MORE, ids=lambda function: function.__name__)
 def test_no_operation_of_the_storm_takes_more_than_it_asks_for(
     files: list[tuple[Path, Array]],
     function: Callable[..., Any],
+    worth_it: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[int] = []
+    monkeypatch.setattr(program, "_WORTH_IT", worth_it)
     operation = DataCache.operation
 
     def ask(cache: DataCache, label: str, *, workspace: int, room: int, **kwargs: Any) -> Any:
@@ -440,7 +551,7 @@ def test_no_operation_of_the_storm_takes_more_than_it_asks_for(
             _ = result.data if isinstance(result, LazyReadData) else result
             return cache.stats()
 
-    most = COMPUTED[function][1]
+    most = MORE[function][1]
     monkeypatch.setattr(DataCache, "operation", ask)
     compute(100 * VOLUME)
     stats = compute(max(asked))

@@ -1,7 +1,8 @@
-"""The command ``lazycache``: ``eval``, ``info`` and ``check``.
+"""The command ``lazycache``: ``eval``, ``explain``, ``info`` and ``check``.
 
 Results go to stdout, everything else to stderr. The exit status is 0; 1 for what goes wrong with
-the data (a file, a shape, the memory), and for problems that ``check`` finds; 2 for what is wrong
+the data (a file, a shape, the memory), for problems that ``check`` finds, and for what doesn't
+fit the budget in ``explain``; 2 for what is wrong
 with the command (the formula, the budget, the outputs), said before anything is read; 130 after
 Ctrl-C.
 """
@@ -9,6 +10,7 @@ Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import os
 import re
@@ -35,6 +37,9 @@ the list of them, names are the named inputs. Examples:
   lazycache eval "where(mask > 0, t1 / (t2 + 1), 0)" t1=t1.nii t2=t2.nii mask=m.nii -o ratio.nii
   lazycache eval sub-*.nii.gz -o mean.nii.gz="mean(images)" -o sd.nii.gz="std(images, ddof=1)"
   lazycache eval "np.mean(I1)" a.nii        a number is printed
+
+lazycache explain, with the same arguments, prints what that would read and how much memory it
+would take.
 
 What follows -o is OUT=FORMULA where it is a file name, an = and more; a text that ends as an image
 does (.nii.gz, .npy ...) is a file name, whatever = it holds. A formula that begins with - goes
@@ -91,16 +96,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     parser = _Parser(prog="lazycache", description="Work on more images than fit in memory.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
-    parser.add_argument("command", choices=sorted(_COMMANDS), help="eval, info or check")
+    parser.add_argument("command", choices=sorted(_COMMANDS), help=_NAMES)
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="see COMMAND --help")
     if not arguments:
-        raise UsageError("no command is given: eval, info or check (see lazycache --help)")
+        raise UsageError(f"no command is given: {_NAMES} (see lazycache --help)")
     chosen = parser.parse_args(arguments)
     add_arguments, run = _COMMANDS[chosen.command]
     inner = _Parser(
         prog=f"lazycache {chosen.command}",
-        description=run.__doc__,
-        epilog=_EVAL if chosen.command == "eval" else None,
+        description=inspect.cleandoc(run.__doc__ or ""),
+        epilog=_EVAL if chosen.command in ("eval", "explain") else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(inner)
@@ -193,6 +198,15 @@ def _positive(text: str) -> int:
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
+    _add_explain(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="compute nothing, print the plan: the same as lazycache explain",
+    )
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("given", nargs="*", metavar="FORMULA IMAGE|NAME=IMAGE", help=_IMAGES)
     parser.add_argument(
         "-o",
@@ -232,6 +246,15 @@ def _eval(options: argparse.Namespace) -> int:
     return run(options)
 
 
+def _explain(options: argparse.Namespace) -> int:
+    """Print what eval with the same arguments would do: reads, memory, the budget that it needs.
+
+    Only headers are read, and nothing is written. The status is 1 if it doesn't fit the budget.
+    """
+    options.dry_run = True
+    return _eval(options)
+
+
 def _info(options: argparse.Namespace) -> int:
     """Print what the headers of images tell: format, shape, type, memory, orientation."""
     from .inspecting import info
@@ -251,4 +274,6 @@ _COMMANDS: dict[str, _Command] = {
     "eval": (_add_eval, _eval),
     "info": (_add_info, _info),
     "check": (_add_check, _check),
+    "explain": (_add_explain, _explain),
 }
+_NAMES = "eval, explain, info or check"

@@ -14,11 +14,12 @@ import numpy as np
 
 from lazycache import config, execute
 from lazycache.cache import DataCache
-from lazycache.errors import WriteError
+from lazycache.errors import BudgetExceededError, WriteError
 from lazycache.expression import Node
 from lazycache.formula import Formula
+from lazycache.plan import Plan, plan_of
 from lazycache.proxy import LazyReadData
-from lazycache.results import compute
+from lazycache.saving import ImageFile, check_files, save
 from lazycache.sizes import format_size
 from lazycache.stats import Event
 from lazycache.writing import check_output
@@ -38,6 +39,9 @@ def run(options: argparse.Namespace) -> int:
     dtype = _dtype(options.dtype)
     _check_files(inputs, outputs, dtype)
     budget = config.budget() if options.budget is None else options.budget
+    if options.dry_run:
+        with closing(DataCache(budget, strict=config.strict())) as cache:
+            return _foretell(_Evaluated(inputs, outputs, formulas, cache, options.grid), dtype)
     known = {os.path.abspath(path) for path in inputs.paths()}
     read: set[str] = set()
     bar = progress(len(known), shown=not (options.quiet or options.verbose))
@@ -58,6 +62,18 @@ def run(options: argparse.Namespace) -> int:
             print(_closing_line(read, cache, seconds, nans), file=sys.stderr)
     results.print()
     return 0
+
+
+def _foretell(results: _Evaluated, dtype: np.dtype[Any] | None) -> int:
+    """Print what would be done; 1 if the budget is too small for it."""
+    plan = results.plan(dtype)
+    print(plan)
+    if plan.fits:
+        return 0
+    raise BudgetExceededError(
+        f"the budget of {format_size(plan.budget)} is too small: set a larger one with --budget, "
+        f"{plan.enough} or more"
+    )
 
 
 # --- what is wrong before anything is read -------------------------------------------------------
@@ -131,10 +147,8 @@ class _Evaluated:
             name: LazyReadData(path, cache=cache, grid=grid) for name, path in inputs.names.items()
         }
         self.values = [formula(images, **named) for formula in formulas]
-        self.nodes: list[Node] = [
-            value._node for value in self.values if isinstance(value, LazyReadData)
-        ]
-        outline = execute.prepare(self.nodes, cache)
+        self.lazy = [value for value in self.values if isinstance(value, LazyReadData)]
+        outline = execute.prepare([value._node for value in self.lazy], cache)
         for output, value in zip(outputs, self.values, strict=True):
             if isinstance(value, LazyReadData):
                 layout = outline.info[value._node].layout
@@ -143,25 +157,41 @@ class _Evaluated:
             else:
                 _check_shape(output, np.shape(value))
 
+    def plan(self, dtype: np.dtype[Any] | None) -> Plan:
+        """What `write` would do."""
+        found: dict[Node, list[ImageFile]] = {}
+        for value, file in self._files(dtype, {}):
+            if isinstance(value, LazyReadData) and file is not None:
+                found.setdefault(value._node, []).append(file)
+        return plan_of([value._node for value in self.lazy], self.cache, found)
+
+    def _files(
+        self, dtype: np.dtype[Any] | None, nans: dict[str, int]
+    ) -> list[tuple[Any, ImageFile | None]]:
+        """Each value with the file for it, all of which can be written."""
+        files = [_file(output, dtype, nans) for output in self.outputs]
+        check_files([file for file in files if file is not None], [v._node for v in self.lazy])
+        return list(zip(self.values, files, strict=True))
+
     def write(self, dtype: np.dtype[Any] | None) -> dict[str, int]:
         """Compute everything in one plan and write the images: their numbers of NaN voxels."""
-        # Held until all are written, so that none is computed again.
-        held = compute(*self.values)
         nans: dict[str, int] = {}
-        for number, (output, data) in enumerate(zip(self.outputs, held, strict=True)):
-            if not isinstance(data, np.ndarray | np.generic | int | float | complex):
-                raise WriteError(
-                    f"{output.path or 'stdout'}: the result of {_short(output.formula)} is no "
-                    f"array and no number, but a {type(data).__name__}"
-                )
-            _check_shape(output, np.shape(data))
+        pairs = self._files(dtype, nans)
+        wanted = [file for value, file in pairs if isinstance(value, LazyReadData)]
+        computed = iter(save([value._node for value in self.lazy], wanted, self.cache))
+        for number, (output, (value, file)) in enumerate(zip(self.outputs, pairs, strict=True)):
+            if isinstance(value, LazyReadData):
+                value = next(computed).value
+            elif file is not None:
+                file.write_whole(value)
             if output.path is None:
-                self.values[number] = data
-                continue
-            nans[output.path] = count_not_finite(data).nans
-            floating = np.result_type(data).kind == "f"
-            wanted = np.dtype(np.float32) if dtype is None and floating else dtype
-            self.values[number].save(output.path, dtype=wanted)
+                if not isinstance(value, np.ndarray | np.generic | int | float | complex):
+                    raise WriteError(
+                        f"stdout: the result of {_short(output.formula)} is no number, but a "
+                        f"{type(value).__name__}"
+                    )
+                _check_shape(output, np.shape(value))
+                self.values[number] = value
         return nans
 
     def print(self) -> None:
@@ -169,6 +199,19 @@ class _Evaluated:
         for output, value in zip(self.outputs, self.values, strict=True):
             if output.path is None:
                 print(np.asarray(value).item())
+
+
+def _file(output: Output, dtype: np.dtype[Any] | None, nans: dict[str, int]) -> ImageFile | None:
+    """The file of an output, whose NaN voxels are counted in ``nans``."""
+    path = output.path
+    if path is None:
+        return None
+    nans[path] = 0
+
+    def count(values: Any) -> None:
+        nans[path] += count_not_finite(values).nans
+
+    return ImageFile(path, dtype, floats=np.float32, each=count)
 
 
 def _check_shape(output: Output, shape: tuple[int, ...]) -> None:

@@ -10,10 +10,14 @@ Python's own evaluation. It may use
 names
     the named inputs.
 operators
-    ``+ - * / // % ** @``, ``& | ^ ~ << >>``, ``== != < <= > >=`` (not chained), indices, slices.
+    ``+ - * / // % ** @``, ``& | ^ ~ << >>``, ``== != < <= > >=``, indices, slices.
+numbers alone
+    ``and or not``, ``a if condition else b``, ``in``, ``not in``, ``0 < k < 5``: they decide about
+    one number, not about voxels. For these there are ``& | ~`` and ``where(condition, a, b)``.
 loops
     ``sum(2 * i for i in images)``, ``[a - b for a, b in zip(images[::2], images[1::2])]``; over
-    lists, `range`, `zip`, `enumerate`; with ``if`` on numbers.
+    lists, `range`, `zip`, `enumerate`; with ``if`` on numbers:
+    ``mean(i for k, i in enumerate(images) if k not in (3, 8))``.
 functions
     those of `lazycache.functions` by their names (``mean(images)``, ``where(a > 0, a, 0)``),
     NumPy's as ``np.sqrt(I1)``, methods of images (``I1.mean(axis=-1)``).

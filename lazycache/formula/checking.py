@@ -12,6 +12,7 @@ from .tree import (
     Attribute,
     Call,
     Chain,
+    Choice,
     Comprehension,
     Constant,
     Name,
@@ -60,6 +61,9 @@ class Checker:
                 self.check(node.first, local)
                 for _, operand in node.rest:
                     self.check(operand, local)
+            case Choice():
+                for inner in (node.condition, node.yes, node.no):
+                    self.check(inner, local)
             case Attribute():
                 self.check_attribute(node, local)
             case Slice():
@@ -97,7 +101,8 @@ class Checker:
             known = {"image", "images", "np"} | words.FUNCTIONS | words.BUILTINS | variables
             if words.image_number(name.upper()) is not None:
                 known |= {name.upper()}
-            hint = words.close(name, known) or self.inputs(variables)
+            hint = f": write np.{name}" if name in words.numpy_names() else ""
+            hint = hint or words.close(name, known) or self.inputs(variables)
             self.fail(node, f"{name!r} is not known{hint}")
 
     def check_number(self, node: Node, number: int) -> None:

@@ -18,6 +18,7 @@ from .tree import (
     Attribute,
     Call,
     Chain,
+    Choice,
     Comprehension,
     Constant,
     Loop,
@@ -56,6 +57,16 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge,
     "==": operator.eq,
     "!=": operator.ne,
+}
+_COMPARISONS = frozenset(("<", "<=", ">", ">=", "==", "!=", "in", "not in"))
+# What to write for words that decide about one number, where voxels are meant.
+_VOXELWISE = {
+    "and": "'and' is not elementwise: write (a) & (b)",
+    "or": "'or' is not elementwise: write (a) | (b)",
+    "not": "'not' is not elementwise: write ~(a)",
+    "if": "'if ... else' can't choose voxel by voxel: write where(condition, a, b)",
+    "in": "'in' looks for a number in a list of numbers; of images write (a == 1) | (a == 2)",
+    "<": "comparisons can't be chained voxel by voxel: write (a < b) & (b < c)",
 }
 _UNARY: dict[str, Callable[[Any], Any]] = {
     "+": operator.pos,
@@ -117,6 +128,12 @@ class Evaluation:
                 return node.value
             case Name():
                 return self.name(node.name, scope)
+            case Unary(operator="not"):
+                return not self.truth("not", node.start, self.value(node.operand, scope))
+            case Choice():
+                condition = self.value(node.condition, scope)
+                chosen = self.truth("if", self.after(node.yes, "if"), condition)
+                return self.value(node.yes if chosen else node.no, scope)
             case Unary():
                 operand = self.value(node.operand, scope)
                 self.refuse_list(node.operand, operand)
@@ -153,7 +170,60 @@ class Evaluation:
             return self.images[number - self.first]
         return words.TYPES[name]
 
+    def after(self, node: Node, word: str) -> int:
+        """The place of an operator, of whose left side ``node`` is the end."""
+        return self.text.index(word.split()[0], node.end)
+
+    def truth(self, word: str, place: int, value: Any) -> bool:
+        """Whether a number is true; what is no number is refused at ``place``."""
+        if not isinstance(value, (bool, int, float, np.bool, np.number)):
+            end = place + len(word)
+            raise complain(self.text, place, end, _VOXELWISE[word])
+        return bool(value)
+
+    def junction(self, node: Chain, scope: dict[str, Any]) -> Any:
+        """``a and b ...``, ``a or b ...``, of numbers."""
+        value, left = self.value(node.first, scope), node.first
+        for word, right in node.rest:
+            place = self.after(left, word)
+            if self.truth(word, place, value) == (word == "or"):
+                return value
+            value, left = self.value(right, scope), right
+            self.truth(word, place, value)
+        return value
+
+    def comparison(self, node: Chain, scope: dict[str, Any]) -> Any:
+        """``a < b``, ``a in b``; with more of them, of numbers, ``a < b < c``."""
+        left_node, left = node.first, self.value(node.first, scope)
+        several = len(node.rest) > 1
+        value: Any = True
+        for sign, right_node in node.rest:
+            place = self.after(left_node, sign)
+            right = self.value(right_node, scope)
+            if sign in ("in", "not in"):
+                plain = isinstance(right, (list, tuple, range)) and _is_plain([left, right])
+                if not plain or isinstance(left, (list, tuple, range)):
+                    raise complain(self.text, place, place + len(sign), _VOXELWISE["in"])
+                value = (left in right) == (sign == "in")
+            else:
+                self.refuse_list(left_node, left)
+                self.refuse_list(right_node, right)
+                if several and not _is_plain([left, right]):
+                    place = self.after(node.rest[0][1], node.rest[1][0])
+                    end = place + len(node.rest[1][0])
+                    raise complain(self.text, place, end, _VOXELWISE["<"])
+                value = self.attempt(right_node, self.binary, right_node, sign, left, right)
+            if several and not value:
+                return value
+            left_node, left = right_node, right
+        return value
+
     def chain(self, node: Chain, scope: dict[str, Any]) -> Any:
+        sign = node.rest[0][0]
+        if sign in ("and", "or"):
+            return self.junction(node, scope)
+        if sign in _COMPARISONS:
+            return self.comparison(node, scope)
         value = self.value(node.first, scope)
         operand_node = node.first
         for sign, right_node in node.rest:
@@ -255,7 +325,7 @@ class Evaluation:
     def condition(self, node: Node, scope: dict[str, Any]) -> bool:
         value = self.value(node, scope)
         if not isinstance(value, (bool, int, np.bool)):
-            self.fail(node, "a loop's 'if' takes numbers, not images: write where(condition, a, b)")
+            self.fail(node, "a loop's 'if' takes numbers, not images nor what is computed of them")
         return bool(value)
 
     def call(self, node: Call, scope: dict[str, Any]) -> Any:
@@ -296,11 +366,13 @@ class Evaluation:
     ) -> Any:
         if arguments and isinstance(arguments[0], (list, tuple, range)) and not len(arguments[0]):
             self.fail(node.arguments[0], "this list is empty")
+        if name in _FOLDS and len(arguments) > 1:
+            number = isinstance(arguments[0], (int, float, np.number)) and name != "percentile"
+            if number or not _is_plain(arguments[1]):
+                self.fail(node, f"{name} takes the images as a list: write {name}([a, b])")
         if all(_is_plain(argument) for argument in arguments) and hasattr(np, name):
             # A NumPy scalar would decide the dtype of what it is combined with; a number doesn't.
             return self.attempt(node, lambda: getattr(np, name)(*arguments, **keywords).item())
-        if name in _FOLDS and len(arguments) > 1 and not _is_plain(arguments[1]):
-            self.fail(node, f"{name} takes the images as a list: write {name}([a, b])")
         return self.attempt(node, getattr(functions, name), *arguments, **keywords)
 
     def numpy(self, node: Call, name: str, arguments: list[Any], keywords: dict[str, Any]) -> Any:

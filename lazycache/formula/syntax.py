@@ -1,7 +1,7 @@
 """From the text of a formula to a tree of nodes; knows no name and computes nothing.
 
 The grammar is that of Python's expressions, without what a formula has no use for (`lambda`,
-``:=``, ``and``, f-strings, dictionaries ...). It is parsed here because Python's own parser
+``:=``, f-strings, dictionaries ...). It is parsed here because Python's own parser
 recurses over ``I1 + I2 + ...`` and refuses some thousands of images: operators of one precedence
 make one flat `Chain`, however many they are. What does nest (brackets, powers, signs) may nest
 `MAX_DEPTH` deep, so that no walk over the tree can overflow the stack.
@@ -20,6 +20,7 @@ from .tree import (
     Attribute,
     Call,
     Chain,
+    Choice,
     Comprehension,
     Constant,
     Loop,
@@ -42,7 +43,7 @@ _TOKEN = re.compile(
         (?P<number>(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)
       | (?P<name>[^\W\d]\w*)
       | (?P<string>'[^'\\]*'|"[^"\\]*")
-      | (?P<op>\.\.\.|\*\*|//|<<|>>|<=|>=|==|!=|:=|[-+*/%@&|^~<>()\[\]{},:.=])
+      | (?P<op>\.\.\.|\*\*|//|<<|>>|<=|>=|==|!=|<>|:=|&&|\|\||[-+*/%@&|^~<>()\[\]{},:.=!])
       | (?P<end>\Z)
     )""",
     re.VERBOSE,
@@ -58,7 +59,7 @@ class _Token:
 
 
 _LEVELS = {
-    **dict.fromkeys(("<", "<=", ">", ">=", "==", "!="), 1),
+    **dict.fromkeys(("<", "<=", ">", ">=", "==", "!=", "in", "not"), 1),
     "|": 2,
     "^": 3,
     "&": 4,
@@ -66,21 +67,24 @@ _LEVELS = {
     **dict.fromkeys(("+", "-"), 6),
     **dict.fromkeys(("*", "/", "//", "%", "@"), 7),
 }
-COMPARISONS = frozenset(op for op, level in _LEVELS.items() if level == 1)
 
 _CONSTANTS = {"True": True, "False": False, "None": None}
 
 _REFUSED = {
-    "and": "'and' is not elementwise: write (a) & (b)",
-    "or": "'or' is not elementwise: write (a) | (b)",
-    "not": "'not' is not elementwise: write ~(a)",
-    "if": "'if ... else' can't choose voxel by voxel: write where(condition, a, b)",
-    "else": "'else' has no place in a formula: write where(condition, a, b)",
-    "in": "'in' has no place here: it belongs to '... for x in images'",
+    "and": "a value is missing before 'and'",
+    "or": "a value is missing before 'or'",
+    "not": "put this 'not' into brackets",
+    "if": "a value is missing before 'if ... else'; voxel by voxel write where(condition, a, b)",
+    "else": "there is no 'if' that this belongs to: write a if condition else b",
+    "in": "a value is missing before 'in'",
     "is": "'is' has no place in a formula: write == to compare",
     "for": "a loop must stand in brackets: sum(... for x in images) or [... for x in images]",
     ":=": "a formula gives no names to values: write the expression out",
     "=": "a formula has no assignments: write == to compare",
+    "&&": "'&&' is no operator here: write (a) & (b)",
+    "||": "'||' is no operator here: write (a) | (b)",
+    "!": "'!' is no operator here: write ~(a)",
+    "<>": "'<>' is no operator here: write a != b",
     "{": "there are no dictionaries or sets in a formula: use [...] for a list",
     "}": "there is no '{' that this closes",
 }
@@ -182,19 +186,58 @@ class _Parser:
         return node
 
     def expression(self) -> Node:
-        return self.nested(self.binary)
+        return self.nested(self.choice)
+
+    def choice(self) -> Node:
+        yes = self.disjunction()
+        if not self.at("if"):
+            return yes
+        opened = self.advance()
+        condition = self.disjunction()
+        if not self.at("else"):
+            self.fail(
+                "this 'if' has no 'else': write a if condition else b; voxel by voxel "
+                "where(condition, a, b)",
+                opened.start,
+                opened.end,
+            )
+        self.advance()
+        no = self.nested(self.choice)
+        return Choice(yes.start, no.end, condition, yes, no)
+
+    def disjunction(self) -> Node:
+        return self.junction("or", lambda: self.junction("and", self.negation))
+
+    def junction(self, word: str, operand: Callable[[], Node]) -> Node:
+        first = operand()
+        if not self.at(word):
+            return first
+        chain = Chain(first.start, first.end, first, [])
+        while self.at(word):
+            self.advance()
+            chain.rest.append((word, operand()))
+        chain.end = self.last_end
+        return chain
+
+    def negation(self) -> Node:
+        if not self.at("not"):
+            return self.binary()
+        word = self.advance()
+        operand = self.nested(self.negation)
+        return Unary(word.start, operand.end, "not", operand)
 
     def binary(self, lowest: int = 1) -> Node:
         left = self.unary()
         chain: Chain | None = None
         chain_level = 0
-        while self.token.kind == "op":
+        while self.token.kind in ("op", "name"):
             level = _LEVELS.get(self.token.text, 0)
             if level < lowest:
                 break
-            if level == chain_level == 1:
-                self.fail("comparisons can't be chained voxel by voxel: write (a < b) & (b < c)")
             operator = self.advance().text
+            if operator == "not":
+                self.expect("in")
+                operator = "not in"
             right = self.binary(level + 1)
             if chain is None or level != chain_level:
                 left = chain = Chain(left.start, right.end, left, [])
@@ -258,7 +301,7 @@ class _Parser:
                 self.fail("this argument must stand before the named ones", node.start, node.end)
             elif self.at("for"):
                 arguments.append(self.loops(node))
-                if not self.at(")"):
+                if self.at(","):
                     node = arguments[-1]
                     self.fail("put [ ] round this loop", node.start, node.end)
                 break
@@ -311,11 +354,11 @@ class _Parser:
             if not self.at("in"):
                 self.fail("a loop is written: for x in images")
             self.advance()
-            iterable = self.expression()
+            iterable = self.nested(self.disjunction)
             conditions: list[Node] = []
             while self.at("if"):
                 self.advance()
-                conditions.append(self.expression())
+                conditions.append(self.nested(self.disjunction))
             loops.append(Loop(target, iterable, conditions))
         return Comprehension(element.start, self.last_end, element, loops)
 

@@ -44,6 +44,15 @@ class Chain(Node):
 
 
 @dataclass(slots=True)
+class Choice(Node):
+    """``yes if condition else no``."""
+
+    condition: Node
+    yes: Node
+    no: Node
+
+
+@dataclass(slots=True)
 class Attribute(Node):
     value: Node
     name: str

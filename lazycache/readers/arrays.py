@@ -54,6 +54,7 @@ class NumPyReader:
             files=(path,),
             order=layout.order,
             dtype_reason="" if wanted == layout.dtype else "asked for",
+            in_blocks=True,
         )
 
     def read(
@@ -72,6 +73,12 @@ class NumPyReader:
     ) -> NDArray[Any]:
         layout, _ = _layout(path, member)
         return slabs.read_part(layout, index, None if dtype is None else np.dtype(dtype))
+
+    def open_blocks(
+        self, path: str, *, member: str | None = None, dtype: DTypeLike | None = None
+    ) -> slabs.Blocks:
+        layout, _ = _layout(path, member)
+        return slabs.Blocks(layout, None if dtype is None else np.dtype(dtype))
 
 
 def _layout(path: str, member: str | None) -> tuple[slabs.Layout, str]:

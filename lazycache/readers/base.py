@@ -22,6 +22,9 @@ and, where it can,
 ``read_part(path, index, **options) -> ndarray``
     the part ``index`` (a full tuple of int and slice, one for each axis, steps positive) reading
     no more than it needs: equal in value, dtype and axes order to ``read(path)[index]``.
+``open_blocks(path, **options) -> Blocks``
+    the voxels forwards, in the order of the file (`Probe.order`), a few at a time: `Blocks`. Only
+    asked for where ``probe(path, **options).in_blocks`` is true.
 ``write(path, data, affine, header)``
     writes; leaves nothing behind when it fails.
 
@@ -50,7 +53,8 @@ class Probe:
     ``peak_nbytes`` the most that reading takes at once, the data included. ``affine`` is the 4x4
     voxel-to-millimetre matrix, or None for a file that says nothing of space. ``files`` are all
     the files that the data come from (``.hdr`` and ``.img``): when one of them changes, the data
-    have changed. ``dtype_reason`` says why the dtype isn't the one on disk.
+    have changed. ``dtype_reason`` says why the dtype isn't the one on disk. ``in_blocks`` says that
+    ``open_blocks`` gives the data.
     """
 
     format: str
@@ -63,6 +67,29 @@ class Probe:
     affine: NDArray[np.float64] | None = None
     header: Any = None
     dtype_reason: str = ""
+    in_blocks: bool = False
+
+
+class Blocks(Protocol):
+    """The voxels of one file, forwards. Used by one thread at a time.
+
+    ``into(flat)`` fills ``flat`` (one axis, contiguous, of the dtype that `probe` tells) with the
+    next voxels, and raises what reading raises. ``skip(count)`` passes over some. It takes no more
+    memory than the ``peak_nbytes`` of the probe less its ``nbytes``. ``close()`` lets go of the
+    file.
+    """
+
+    def into(self, flat: NDArray[Any]) -> None: ...
+
+    def skip(self, count: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class BlockReader(Protocol):
+    """The method of readers that can give blocks."""
+
+    def open_blocks(self, path: str, **options: Any) -> Blocks: ...
 
 
 @runtime_checkable

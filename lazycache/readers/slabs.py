@@ -85,6 +85,65 @@ class Layout:
         return self.nbytes(dtype) + beside
 
 
+class Blocks:
+    """The voxels of one file forwards, in the order of the file, as many at a time as one likes.
+
+    One thread at a time may use it. Close it at the end, or leave it to ``with closing(...)``.
+    """
+
+    def __init__(self, layout: Layout, dtype: np.dtype[Any] | None = None) -> None:
+        self.dtype = layout.value_dtype if dtype is None else dtype
+        self._layout = layout
+        self._left = math.prod(layout.shape)
+        self._scale = _Scale(layout) if layout.scaled else None
+        self._scratch = np.empty(0, np.uint8)
+        self._stream = (layout.open or open_stream)(layout.path)
+        try:
+            self._stream.skip_to(layout.offset)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def into(self, flat: NDArray[Any]) -> None:
+        """Fill ``flat`` (one axis, contiguous, of `dtype`) with the next voxels.
+
+        Raises what reading raises; the position is lost then. With the last voxel what follows it
+        in the file is checked as far as `read` does.
+        """
+        stored = self._layout.dtype
+        if self._scale is None and flat.dtype == stored:
+            self._stream.readinto(flat.view(np.uint8).data)
+        else:
+            step = max(1, STEP // stored.itemsize)
+            for start in range(0, flat.size, step):
+                self._convert(flat[start : start + step])
+        self._left -= flat.size
+        if not self._left:
+            self._stream.finish()
+
+    def skip(self, count: int) -> None:
+        """Pass over the next ``count`` voxels."""
+        self._left -= count
+        done = math.prod(self._layout.shape) - self._left
+        self._stream.skip_to(self._layout.offset + done * self._layout.dtype.itemsize)
+
+    def _convert(self, flat: NDArray[Any]) -> None:
+        nbytes = flat.size * self._layout.dtype.itemsize
+        if self._scratch.nbytes < nbytes:
+            self._scratch = np.empty(nbytes, np.uint8)
+        self._stream.readinto(self._scratch[:nbytes].data)
+        values = self._scratch[:nbytes].view(self._layout.dtype)
+        if self._scale is None:
+            flat[...] = values
+        else:
+            self._scale.into(flat, values)
+
+    def close(self) -> None:
+        """Let go of the file and of the buffers."""
+        self._stream.close()
+        self._scratch = np.empty(0, np.uint8)
+
+
 def read(layout: Layout, dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
     """All the voxels, read-only, in ``dtype`` or in that of the values."""
     return read_part(layout, (slice(None),) * len(layout.shape), dtype)

@@ -69,6 +69,16 @@ class NibabelReader:
                 return _read_by_nibabel(path, image, index, wanted)
         return slabs.read_part(layout, index, wanted)
 
+    def open_blocks(
+        self, path: str, *, dtype: DTypeLike | None = None, **options: Any
+    ) -> slabs.Blocks:
+        check_file(path)
+        with opened(path, options) as image:
+            layout = _layout(path, image)
+        if layout is None:
+            raise ReadError(f"{path} can't be read in blocks; read all of it")
+        return slabs.Blocks(layout, None if dtype is None else np.dtype(dtype))
+
 
 def _refuse_dtype(path: str, dtype: DTypeLike | None) -> None:
     if dtype is not None:
@@ -107,7 +117,7 @@ def _probe(path: str, image: Any, wanted: np.dtype[Any] | None) -> Probe:
     if layout is not None:
         shape, stored, values = layout.shape, layout.dtype, layout.value_dtype
         order, peak_nbytes = layout.order, layout.peak_nbytes(wanted)
-        scaling = f"{layout.slope:g} and {layout.inter:g}"
+        scaling = f"scl_slope {layout.slope:g} and scl_inter {layout.inter:g}"
     else:
         shape = tuple(int(size) for size in image.shape)
         stored, values, order = _as_nibabel_reads(path, image)
@@ -136,6 +146,7 @@ def _probe(path: str, image: Any, wanted: np.dtype[Any] | None) -> Probe:
         affine=_affine(image),
         header=image.header,
         dtype_reason=reason,
+        in_blocks=layout is not None,
     )
 
 

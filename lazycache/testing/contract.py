@@ -18,7 +18,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ def check_reader(
         _check_alone(data, reader.read(path, **options))
         _check_conversion(reader, path, data, options)
         _check_parts(reader, path, data, options)
+        _check_blocks(reader, path, probe, data, options)
     _check_threads(reader, path, data, options)
     if probe.nbytes:
         _check_cancelling(reader, path, data, options)
@@ -170,6 +171,27 @@ def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int | slice, ...]]:
     for number, index in enumerate(product(*corner)):
         if number < 8 or number == 2 ** len(shape) - 1:
             yield index
+
+
+def _check_blocks(
+    reader: Any, path: str, probe: Probe, data: NDArray[Any], options: dict[str, Any]
+) -> None:
+    if not probe.in_blocks:
+        return
+    flat = data.reshape(-1, order=probe.order)
+    cuts = sorted({0, min(1, flat.size), flat.size // 3, flat.size // 2, flat.size})
+    for passed in (False, True):
+        blocks = reader.open_blocks(path, **options)
+        try:
+            for number, (start, stop) in enumerate(pairwise(cuts)):
+                if passed and number % 2 == 0:
+                    blocks.skip(stop - start)
+                    continue
+                block = np.empty(stop - start, data.dtype)
+                blocks.into(block)
+                _check_same(block, flat[start:stop], "open_blocks", "read")
+        finally:
+            blocks.close()
 
 
 def _check_threads(reader: Reader, path: str, data: Any, options: dict[str, Any]) -> None:

@@ -13,19 +13,27 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lazycache.proxy import LazyReadData
 from lazycache.readers import Probe, Reader, reader_for
-from lazycache.readers.base import cancellable, checkpoint, outer_cancelled
+from lazycache.readers.base import (
+    BlockReader,
+    Blocks,
+    cancellable,
+    checkpoint,
+    outer_cancelled,
+)
 
 _TIMEOUT = 20.0
 
@@ -34,7 +42,9 @@ _TIMEOUT = 20.0
 class FaultyReader:
     """Reads what ``reader`` (else the one that lazycache would choose) reads, with these faults.
 
-    Every field may be changed while reads are under way, and any may be combined.
+    A file that is opened to be read in blocks counts as one read, and its faults come once: before
+    it is opened, with the first block, or after the last one. The last four faults make it be read
+    as a whole. Every field may be changed while reads are under way, and any may be combined.
 
     ``fail_every``
         n: every nth read raises ``error``, an exception or a class of them; 0: none does.
@@ -137,13 +147,32 @@ class FaultyReader:
 
     def probe(self, path: str, **options: Any) -> Probe:
         probe = self._wrapped(path).probe(path, **options)
+        whole = self.size_factor != 1 or self.larger > 1 or self.keeps or self.nothing
         return replace(
             probe,
             nbytes=int(probe.nbytes * self.size_factor),
             peak_nbytes=int(probe.peak_nbytes * self.size_factor),
+            in_blocks=probe.in_blocks and not whole,
         )
 
     def read(self, path: str, **options: Any) -> Any:
+        misbehave = self._count_read(path, options)
+        data = self.kept.get(path)
+        if data is None:
+            data = self._read(path, options, misbehave)
+        misbehave()
+        if self.keeps:
+            self.kept[path] = data
+        return None if self.nothing else data
+
+    def open_blocks(self, path: str, **options: Any) -> Blocks:
+        misbehave = self._count_read(path, options)
+        reader = cast(BlockReader, self._wrapped(path))
+        shape = reader.probe(path, **options).shape  # type: ignore[attr-defined]
+        return _FaultyBlocks(self, reader.open_blocks(path, **options), math.prod(shape), misbehave)
+
+    def _count_read(self, path: str, options: dict[str, Any]) -> Callable[[], None]:
+        """Begin a read; what is returned does wrong, the first time that it is called."""
         with self._changed:
             self._reads[path] += 1
             number = self._reads.total()
@@ -156,13 +185,7 @@ class FaultyReader:
 
         if self.when == "before":
             misbehave()
-        data = self.kept.get(path)
-        if data is None:
-            data = self._read(path, options, misbehave)
-        misbehave()
-        if self.keeps:
-            self.kept[path] = data
-        return None if self.nothing else data
+        return misbehave
 
     def _wrapped(self, path: str) -> Reader:
         return self.reader or reader_for(path, without=self)
@@ -228,6 +251,31 @@ class FaultyReader:
         thread.start()
         thread.join()
         answer.result()
+
+
+class _FaultyBlocks:
+    def __init__(
+        self, faulty: FaultyReader, blocks: Blocks, size: int, misbehave: Callable[[], None]
+    ) -> None:
+        self._faulty = faulty
+        self._blocks = blocks
+        self._left = size
+        self._misbehave = misbehave
+
+    def into(self, flat: NDArray[Any]) -> None:
+        if self._faulty.when == "amid":
+            self._misbehave()
+        self._blocks.into(flat)
+        self._left -= flat.size
+        if not self._left:
+            self._misbehave()
+
+    def skip(self, count: int) -> None:
+        self._left -= count
+        self._blocks.skip(count)
+
+    def close(self) -> None:
+        self._blocks.close()
 
 
 def _view_in_larger(data: Any, times: int) -> Any:

@@ -1,0 +1,325 @@
+"""Choosing the program with the fewest reads that a budget allows, and foretelling what it does.
+
+A program with more files open at once reads files that are used several times less often, and
+takes more memory; so does one that keeps some of them. The programs that are looked at differ in
+these (`Manner`), and in the order of their steps.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from .expression import FileNode, Node, OpNode
+from .memory import openable_files
+from .outline import Outline
+from .program import Manner, Needs, Program, build
+from .source import Key
+
+# Files that a block stage has open at once where more would save no reads.
+FILES = 16
+# In how many pieces a file may be read where it has to be opened anew for each.
+_PIECES = (2, 4, 8, 16, 32, 64, 128)
+_NOTHING: Mapping[Node, int] = MappingProxyType({})
+# Larger expressions aren't tried in another order.
+_FEW = 4096
+
+
+class Prediction(NamedTuple):
+    """``reads`` of each file, and ``peak``: the most bytes in use at once."""
+
+    reads: Counter[FileNode]
+    peak: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(node.key.estimate()[0] * count for node, count in self.reads.items())
+
+
+class Planner:
+    """The programs for ``roots``, of which those that are ``written`` need not be kept.
+
+    ``resident`` files are in memory already.
+    """
+
+    def __init__(
+        self,
+        outline: Outline,
+        roots: Sequence[Node],
+        resident: Iterable[FileNode] = (),
+        written: Mapping[Node, int] = _NOTHING,
+    ) -> None:
+        self.outline = outline
+        self.roots = roots
+        self.resident = frozenset(resident)
+        self.written = written
+        self._needs: Needs = {}
+        self._built: dict[Any, Program] = {}
+        self.files = [node for node in outline.nodes if isinstance(node, FileNode)]
+
+    def choose(self, obtainable: int) -> Program:
+        """The program with the fewest reads among those that need at most ``obtainable`` bytes.
+
+        If there is none, the one that needs the least.
+        """
+        best: Program | None = None
+        least: Program | None = None
+        reads = 0
+        for program in self._programs():
+            if least is None or program.need < least.need:
+                least = program
+            if program.need > obtainable:
+                continue
+            keeping = self._keeping(program, obtainable)
+            found = self.predict(keeping, obtainable).nbytes
+            if best is None or found < reads:
+                best, reads = keeping, found
+            if reads <= self._fewest:
+                break
+        assert least is not None
+        return best or least
+
+    @property
+    def least(self) -> int:
+        """The smallest number of bytes that any program needs."""
+        return self._least[0]
+
+    @property
+    def least_to_read_once(self) -> int:
+        """The smallest number of bytes with which each file is read once."""
+        return self._least[1]
+
+    @cached_property
+    def _least(self) -> tuple[int, int]:
+        """More than a program needs it spends on keeping files that it will use again."""
+        files = sum(node.key.estimate()[1] for node in self.files)
+        least = once = -1
+        for program in self._programs():
+            if least < 0 or program.need < least:
+                least = program.need
+            most = program.need + files if once < 0 else once - 1
+            if most < program.need or not self._once(program, most):
+                continue
+            tried = range(program.need, most + 1)
+            once = tried[bisect_left(tried, True, key=partial(self._once, program))]
+        return least, once
+
+    def _once(self, program: Program, obtainable: int) -> bool:
+        return self.predict(program, obtainable).nbytes <= self._fewest
+
+    @cached_property
+    def _fewest(self) -> int:
+        """The bytes of the files that have to be read, each once."""
+        return sum(node.key.estimate()[0] for node in self.files if node not in self.resident)
+
+    def predict(self, program: Program, obtainable: int) -> Prediction:
+        """What ``program`` will do with ``obtainable`` bytes, if it has them for itself."""
+        memory = _Memory(obtainable - program.workspace, self.resident)
+        needs = [stage.pinned for stage in program.stages if stage.pinned]
+        files = [root for root in dict.fromkeys(self.roots) if isinstance(root, FileNode)]
+        needs += [files[: count + 1] for count in range(len(files))]  # they stay pinned
+        memory.run(needs)
+        return Prediction(memory.reads + program.streamed, program.workspace + memory.peak)
+
+    def _programs(self) -> Iterator[Program]:
+        """What there is to choose from, the best first where the reads are the same."""
+        count = len(self.files)
+        most = openable_files(count)
+        plain = Manner(0, resident=self.resident, written=self.written)
+        reopened = True
+        for width in dict.fromkeys([min(FILES, max(1, count)), count, count // 2, 8, 4, 2, 1]):
+            if 0 < width <= max(1, min(count, most)):
+                by_blocks = reopened = False
+                for program in self._each(plain._replace(width=width)):
+                    yield program
+                    by_blocks |= program.by_blocks
+                    reopened |= any(stage.reopened for stage in program.stages)
+                if not by_blocks:
+                    return
+        for passes in _PIECES if reopened else ():
+            yield from self._each(plain._replace(width=1, passes=passes))
+        yield from self._each(plain)
+        if self.resident:
+            yield from self._each(Manner(1, written=self.written))
+
+    def _each(self, manner: Manner) -> Iterator[Program]:
+        """In each order; where files are read again, also the program that keeps those."""
+        for place in range(len(self._orders)):
+            manners = [manner]
+            if manner.written:
+                # The last has results in memory first and writes them when all is done.
+                manners += [manner._replace(keep=False), manner._replace(written=_NOTHING)]
+            for one in manners:
+                program = self._build(one, place)
+                yield program
+                again = program.manner._replace(kept=self._read_again(program))
+                if again.kept >= program.streamed.keys():
+                    again = again._replace(width=1, passes=1)  # it has nothing to be wide for
+                if again.kept:
+                    yield self._build(again, place)
+
+    def _build(self, manner: Manner, place: int) -> Program:
+        recipe = (
+            manner.width,
+            manner.passes,
+            manner.kept,
+            manner.keep,
+            bool(manner.written),
+            bool(manner.resident),
+            place,
+        )
+        program = self._built.get(recipe)
+        if program is None:
+            order = self._orders[place]
+            program = build(self.outline, self.roots, manner, order, self._needs)
+            self._built[recipe] = program
+        return program
+
+    def _read_again(self, program: Program) -> frozenset[FileNode]:
+        """The files that ``program`` reads more than once, at least once in blocks."""
+        uses = Counter(program.streamed)
+        for stage in program.stages:
+            uses.update(node for node in stage.pinned if node in program.streamed)
+        uses.update(n for n in self.roots if isinstance(n, FileNode) and n in program.streamed)
+        return frozenset(node for node, count in uses.items() if count > 1)
+
+    @cached_property
+    def _orders(self) -> list[Sequence[OpNode]]:
+        steps = self.outline.steps
+        branching = len(steps) <= _FEW and any(
+            sum(isinstance(o, OpNode) for o in set(self.outline.operands(step))) > 1
+            for step in steps
+        )
+        if not branching:
+            return [steps]
+        orders = [_latest_last(self.outline), _lowest_peak_first(self.outline)]
+        latest, lowest = (_in_order(order, self.roots) for order in orders)
+        return [latest, steps, lowest]
+
+    def _keeping(self, program: Program, obtainable: int) -> Program:
+        """``program``, or one that besides keeps files that are wanted, or read again."""
+        before = self.predict(program, obtainable)
+        spare = obtainable - program.need
+        kept = set(program.manner.kept)
+        for node in sorted(self.files, key=lambda node: -before.reads[node]):
+            size = node.key.estimate()[1]
+            useful = before.reads[node] > 1 or node.wanted
+            if useful and node in program.streamed and size <= spare:
+                kept.add(node)
+                spare -= size
+        if kept == program.manner.kept:
+            return program
+        order = [step for stage in program.stages for step in stage.steps]
+        manner = program.manner._replace(kept=frozenset(kept))
+        keeping = build(self.outline, self.roots, manner, order, self._needs)
+        after = self.predict(keeping, obtainable)
+        fits = keeping.need <= obtainable and after.peak <= obtainable
+        return keeping if fits and after.nbytes <= before.nbytes else program
+
+
+class _Memory:
+    """Files in ``capacity`` bytes: of those not in use, the farthest next use goes first."""
+
+    def __init__(self, capacity: int, resident: Collection[FileNode]) -> None:
+        self.capacity = capacity
+        self.reads: Counter[FileNode] = Counter()
+        self.held: dict[Key, int] = {node.key: node.key.estimate()[0] for node in resident}
+        self.used = self.peak = sum(self.held.values())
+
+    def run(self, needs: list[list[FileNode]]) -> None:
+        at = end = sum(map(len, needs))
+        following: list[dict[Key, int]] = []  # the next use of each, after each place
+        upcoming: dict[Key, int] = {}
+        for nodes in reversed(needs):
+            at -= len(nodes)
+            following.append({node.key: upcoming.get(node.key, end) for node in nodes})
+            upcoming.update((node.key, at + index) for index, node in enumerate(nodes))
+        following.reverse()
+        # Of those with no further use the most recently used goes first, as in the cache.
+        used = itertools.count(0, -1)
+        farthest = [(-upcoming.get(key, end), next(used), key) for key in self.held]
+        heapq.heapify(farthest)
+        current = dict(upcoming)
+        for place, nodes in enumerate(needs):
+            wanted = {node.key: node for node in nodes}
+            missing = {k: k.estimate() for k in wanted if k not in self.held}
+            need = sum(peak for _, peak in missing.values())  # reserved for all before any is read
+            while farthest and need and self.used + need > self.capacity:
+                after, _, key = heapq.heappop(farthest)
+                if key in self.held and key not in wanted and current.get(key, end) == -after:
+                    self.used -= self.held.pop(key)
+            self.peak = max(self.peak, self.used + need)
+            for key, (nbytes, _) in missing.items():
+                self.used += nbytes
+                self.held[key] = nbytes
+                self.reads[wanted[key]] += 1
+            for key, after in following[place].items():
+                current[key] = after
+                heapq.heappush(farthest, (-after, next(used), key))
+
+
+# The operands of each step that are steps, in the order in which they are done.
+_Order = dict[Node, list[Node]]
+
+
+def _lowest_peak_first(outline: Outline) -> _Order:
+    """Of two operands the one with the larger transient is done first.
+
+    That takes the least memory where whole arrays are computed and nothing is shared (R. Sethi and
+    J. D. Ullman, The generation of optimal code for arithmetic expressions, J. ACM 17, 1970).
+    """
+    size: dict[Node, int] = {}
+    peak: dict[Node, int] = {}
+    order: _Order = {}
+    for step in outline.steps:
+        layout = outline.info[step].layout
+        size[step] = 0 if layout is None else layout.nbytes
+        operands = [n for n in dict.fromkeys(outline.operands(step)) if n in size]
+        operands.sort(key=lambda node: size[node] - peak[node])
+        held = most = 0
+        for node in operands:
+            most = max(most, held + peak[node])
+            held += size[node]
+        order[step] = operands
+        peak[step] = max(most, held + size[step])
+    return order
+
+
+def _latest_last(outline: Outline) -> _Order:
+    """Of two operands the one that has to wait for more reductions is done first.
+
+    The other, if it goes by blocks, can then go with the step that both are for, and is never in
+    memory as a whole.
+    """
+    depth: dict[Node, int] = {}
+    order: _Order = {}
+    for step in outline.steps:
+        layout = outline.info[step].layout
+        operands = [n for n in dict.fromkeys(outline.operands(step)) if n in depth]
+        operands.sort(key=lambda node: -depth[node])
+        order[step] = operands
+        above = [outline.info[node].layout for node in outline.operands(step)]
+        size = 0 if layout is None else math.prod(layout.shape)
+        reduces = any(one is not None and math.prod(one.shape) > size for one in above)
+        depth[step] = max((depth[node] for node in operands), default=0) + reduces
+    return order
+
+
+def _in_order(order: _Order, roots: Sequence[Node]) -> list[OpNode]:
+    found: dict[Node, None] = {}
+    stack: list[tuple[Node, bool]] = [(root, False) for root in reversed(roots)]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            found.setdefault(node)
+        elif node in order and node not in found:
+            stack.append((node, True))
+            stack.extend((operand, False) for operand in reversed(order[node]))
+    return [node for node in found if isinstance(node, OpNode)]
