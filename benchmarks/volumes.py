@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,17 @@ def make_subjects(folder: Path, count: int, workers: int = 2) -> list[Path]:
     with ProcessPoolExecutor(workers) as executor:
         list(executor.map(_make, paths, range(count), chunksize=-(-count // workers)))
     return paths
+
+
+@contextmanager
+def subjects(folder: Path | None, count: int) -> Iterator[list[Path]]:
+    """``count`` such volumes: those of ``folder``, made there the first time, or of a moment."""
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="lazycache-volumes-") as made:
+            yield make_subjects(Path(made), count)
+        return
+    there = sorted(folder.glob("sub-*_T1w.nii.gz"))
+    yield there[:count] if len(there) >= count else make_subjects(folder, count)
 
 
 _template: tuple[NDArray[np.float32], NDArray[np.float64]] | None = None
