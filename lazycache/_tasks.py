@@ -9,6 +9,7 @@ end.
 from __future__ import annotations
 
 import _thread
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -24,7 +25,7 @@ class Task:
         self._error: BaseException | None = None
         self._finished = False
         # A lock, because telling takes no memory: none may be left.
-        self._over = _thread.allocate_lock()
+        self._over = threading.Lock()
         self._over.acquire()
 
     def run(self) -> None:

@@ -54,7 +54,16 @@ ABOVE = {
 # What runs while blocks do, and what is asked beforehand.
 STREAMING = {
     str(PACKAGE / f"{name}.py")
-    for name in ("execute", "streaming", "saving", "writing", "_sinks", "totals", "voxelwise")
+    for name in (
+        "execute",
+        "streaming",
+        "saving",
+        "writing",
+        "_sinks",
+        "_tasks",
+        "totals",
+        "voxelwise",
+    )
 }
 PLANNING = {str(PACKAGE / f"{name}.py") for name in ("outline", "planning", "program", "spaces")}
 

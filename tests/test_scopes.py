@@ -458,14 +458,15 @@ def test_cancelled_tasks_close_their_scopes(outer: DataCache) -> None:
 
     async def work() -> None:
         with DataCache(2 * UNIT) as scope:
-            scopes.append(scope)
             load(scope, Made("a"))
             await asyncio.to_thread(load, get_cache(), Made("b"))
+            scopes.append(scope)
             await asyncio.Event().wait()
 
     async def fail() -> None:
-        while len(scopes) < 3 or any(scope.used < 2 * UNIT for scope in scopes):
+        while len(scopes) < 3:
             await asyncio.sleep(0)
+        assert all(scope.used == 2 * UNIT for scope in scopes)
         raise KeyError("one fails")
 
     async def main() -> None:
