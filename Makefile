@@ -28,6 +28,10 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.read_speed
 	$(BIN)/python -m benchmarks.hit_cost
 	$(BIN)/python -m benchmarks.mean
+	$(BIN)/python -m benchmarks.median
+	$(BIN)/python -m benchmarks.plans
+	$(BIN)/python -m benchmarks.passes
+	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.threads
 
 $(VENV)/dev: pyproject.toml

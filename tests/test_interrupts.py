@@ -292,6 +292,8 @@ class Interrupts:
         """Each scenario, one after the other, up to its interrupt."""
         monkeypatch = pytest.MonkeyPatch()
         outer = sys.gettrace()
+        # An interrupt between the beginning of a `with np.errstate` and its block leaves it set.
+        errors = np.geterr()
         # What is raised in a callback of a dying object is only told, with all its frames.
         monkeypatch.setattr(sys, "unraisablehook", lambda told: None)
         gc.disable()  # finalizers of what was before would be traced
@@ -307,6 +309,7 @@ class Interrupts:
             sys.settrace(outer)
             gc.enable()
             monkeypatch.undo()
+            np.seterr(**errors)
 
 
 def firsts(places: Sequence[Place]) -> dict[Place, int]:
