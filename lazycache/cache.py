@@ -14,6 +14,7 @@ import importlib
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -106,8 +107,7 @@ class DataCache:
         return self._table, self._in
 
     def _begin(self, table: Table, parent: Scope, outer: DataCache) -> None:
-        while parent.closed and parent.parent is not None:  # another thread just did that
-            parent = parent.parent
+        parent = _open_one(parent)  # another thread may just have closed it
         scope = Scope(self._asked, self._strict, parent)
         if self._settle(table, scope, outer):
             parent.children.append(scope)
@@ -244,6 +244,7 @@ class DataCache:
             # A scope that closes meanwhile would be counted twice, or not at all.
             if scopes == self._in.tree() and not any(scope.closed for scope in scopes[1:]):
                 break
+            time.sleep(0)  # let whoever closes one go on
         return CacheStats(peak_bytes=self._in.peak, **values)
 
     def held(self) -> list[Holder]:
@@ -380,11 +381,12 @@ class DataCache:
         table, scope = self._bind()
 
         def work(after: After) -> None:
-            scope.counters.misses += 1
-            scope.counters.loads += 1
-            scope.counters.load_seconds += seconds
-            scope.counters.loaded_bytes += nbytes
-            after.events.append((scope, Event("load", key.name, nbytes)))
+            level = _open_one(scope)
+            level.counters.misses += 1
+            level.counters.loads += 1
+            level.counters.load_seconds += seconds
+            level.counters.loaded_bytes += nbytes
+            after.events.append((level, Event("load", key.name, nbytes)))
 
         table.soon(work)
 
@@ -393,9 +395,10 @@ class DataCache:
         table, scope = self._bind()
 
         def work(after: After) -> None:
-            scope.counters.misses += 1
-            scope.counters.load_failures += 1
-            after.events.append((scope, Event("load_failure", key.name, 0)))
+            level = _open_one(scope)
+            level.counters.misses += 1
+            level.counters.load_failures += 1
+            after.events.append((level, Event("load_failure", key.name, 0)))
 
         table.soon(work)
 
@@ -445,6 +448,13 @@ class DataCache:
         """Assert every invariant of the cache; for tests."""
         table, _ = self._bind()
         check(table)
+
+
+def _open_one(scope: Scope) -> Scope:
+    """``scope``, or the innermost one around it that isn't closed."""
+    while scope.closed and scope.parent is not None:
+        scope = scope.parent
+    return scope
 
 
 def _invalidate(keys: list[FileKey]) -> None:

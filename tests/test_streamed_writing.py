@@ -676,6 +676,8 @@ class Interrupted:
     def run(self, function: Callable[[], None]) -> bool:
         """Whether it came to its end."""
         outer, hook = sys.gettrace(), sys.unraisablehook
+        # An interrupt between the beginning of a `with np.errstate` and its block leaves it set.
+        errors = np.geterr()
         sys.unraisablehook = lambda told: None  # an interrupt in a finalizer is only told
         gc.disable()  # finalizers of what was before would be traced
         sys.setprofile(self._again)
@@ -689,6 +691,7 @@ class Interrupted:
             sys.settrace(outer)
             gc.enable()
             sys.unraisablehook = hook
+            np.seterr(**errors)
         return True
 
 

@@ -684,6 +684,26 @@ def test_reads_in_blocks_are_counted(place: Place) -> None:
     ]
 
 
+def test_reads_are_counted_where_the_scope_closes_meanwhile(place: Place) -> None:
+    gate = Gate()
+
+    def during(name: str, at: int) -> None:
+        if name == "1" and at == SIZE // 2:
+            gate()
+
+    place.reader.during = during
+    outer, inner = DataCache("8MiB"), DataCache("4MiB")
+    inner._bind(outer)
+    mean = lc.mean(LazyReadData(path, reader=place.reader, cache=inner) for path in place.paths)
+    computing = Running(lambda: mean.data)
+    gate.reached()
+    inner.close()
+    gate.open()
+    same(computing.result(), place.true_mean())
+    assert outer.stats().loads == 4
+    outer.check()
+
+
 @pytest.mark.parametrize("worth_it", [0, 1 << 30], ids=["blocks", "whole"])
 def test_operations_are_counted_as_with_whole_arrays(
     place: Place, monkeypatch: pytest.MonkeyPatch, worth_it: int

@@ -145,6 +145,8 @@ def _logging(verbose: int) -> Iterator[None]:
 def _one_line_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("default")
+        # An interrupt may leave a file to its finalizer: nothing that the user could mend.
+        warnings.simplefilter("ignore", ResourceWarning)
         warnings.showwarning = _show_warning
         yield
 
