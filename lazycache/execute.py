@@ -111,21 +111,34 @@ def outputs_taking(
 
 def prepare(roots: Sequence[Node], cache: DataCache) -> Outline:
     """The outline of ``roots``, from headers that are looked at again; what changed is noticed."""
-    nodes = list(walk(roots, stop=available))
+    values: dict[Node, Any] = {}
+
+    def there(node: Node) -> bool:
+        value = _computed(node)
+        if value is None:
+            return False
+        values[node] = value
+        return True
+
+    nodes = list(walk(roots, stop=there))
     files = [node for node in nodes if isinstance(node, FileNode)]
     wholes = [node.whole for node in files if node.whole is not None]
     cache.verify(dict.fromkeys(node.key for node in [*files, *wholes]))
     for node in files:
         node.looked = True
     probe_all(files)
-    check_unchanged(node for node in nodes if not available(node))
-    return Outline(roots, cache.holds)
+    check_unchanged(node for node in nodes if node not in values)
+    return Outline(nodes, values, cache.holds)
 
 
 def available(node: Node) -> bool:
     """Whether the value of an operation was computed before and is still there."""
+    return _computed(node) is not None
+
+
+def _computed(node: Node) -> Any:
     result = node.result if isinstance(node, OpNode) else None
-    return result is not None and result.value is not None
+    return None if result is None else result.value
 
 
 def adopt(node: ValueNode, cache: DataCache) -> None:

@@ -266,19 +266,20 @@ def walk(
     The operands of a node that ``stop`` is true of are left out.
     """
     entered: set[Node] = set()
-    left: set[Node] = set()
-    stack = list(roots)[::-1]
+    # A node whose operands come before it is there again, under None.
+    stack: list[Node | None] = [*reversed([*roots])]
     while stack:
-        node = stack[-1]
-        if node not in entered:
-            entered.add(node)
-            if node.operands and not stop(node):
-                stack.extend([one for one in node.operands[::-1] if one not in entered])
-                continue
-        stack.pop()
-        if node not in left:
-            left.add(node)
+        node = stack.pop()
+        if node is None:
+            node = stack.pop()
+            assert node is not None
             yield node
+        elif node not in entered:
+            entered.add(node)
+            if stop(node) or not node.operands:
+                yield node
+            else:
+                stack += (node, None, *node.operands[::-1])
 
 
 def files_under(roots: Iterable[Node]) -> list[FileNode]:

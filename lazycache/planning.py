@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 from .expression import FileNode, Node, OpNode
 from .memory import openable_files
+from .needs import Needs
 from .outline import Outline
-from .program import Manner, Needs, Program, build
+from .program import Manner, Program, build
 from .source import Key
 
 # Files that a block stage has open at once where more would save no reads.
@@ -60,7 +61,7 @@ class Planner:
         self.roots = roots
         self.resident = frozenset(resident)
         self.written = written
-        self._needs: Needs = {}
+        self.needs = Needs(outline)
         self._built: dict[Any, Program] = {}
         self.files = [node for node in outline.nodes if isinstance(node, FileNode)]
 
@@ -178,7 +179,7 @@ class Planner:
         program = self._built.get(recipe)
         if program is None:
             order = self._orders[place]
-            program = build(self.outline, self.roots, manner, order, self._needs)
+            program = build(self.outline, self.roots, manner, order, self.needs)
             self._built[recipe] = program
         return program
 
@@ -218,7 +219,7 @@ class Planner:
             return program
         order = [step for stage in program.stages for step in stage.steps]
         manner = program.manner._replace(kept=frozenset(kept))
-        keeping = build(self.outline, self.roots, manner, order, self._needs)
+        keeping = build(self.outline, self.roots, manner, order, self.needs)
         after = self.predict(keeping, obtainable)
         fits = keeping.need <= obtainable and after.peak <= obtainable
         return keeping if fits and after.nbytes <= before.nbytes else program

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support import WHOLE
 
-from lazycache import _buffers, execute, program
+from lazycache import _buffers, execute, needs
 from lazycache import functions as lc
 from lazycache.cache import DataCache
 from lazycache.errors import (
@@ -151,7 +151,7 @@ def test_each_file_is_read_once(name, folder):
 
 def test_a_shared_subexpression_is_computed_once(folder, cache, monkeypatch):
     calls = []
-    monkeypatch.setattr(program, "_WORTH_IT", 1 << 40)
+    monkeypatch.setattr(needs, "_WORTH_IT", 1 << 40)
     a, b, *_ = proxies_in(folder, cache)
     shared = a + b
     step = execute._Run._step
