@@ -175,7 +175,8 @@ class TestArguments:
             (["evil"], "invalid choice: 'evil'"),
             (["info"], "IMAGE"),
             (["check", "--strange", "a.nii"], "--strange"),
-            (["eval", "I1", "a.nii", "--threads", "0"], "'0' is not a whole number from 1 up"),
+            (["eval", "I1", "a.nii", "--threads", "all"], "'all' is not a whole number from 0 up"),
+            (["eval", "-f", "I1", "a.nii", "-o", "o.nii=I1"], "a formula is given with -f"),
             (["eval", "I1", "a.nii", "--grid", "maybe"], "maybe"),
         ],
     )
@@ -349,6 +350,23 @@ class TestEval:
         assert run(*argv).status == 0
         first, second, mask = volumes[:3]
         np.testing.assert_array_equal(np.load("o.npy"), np.where(mask > 50, second - first, 0))
+
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ["-i", "s1.nii.gz", "-i", "s2.nii.gz", "-o", "o.npy", "-f", "I1 * 2 - image[2]"],
+            ["-o", "o.npy", "-f", "I1 * 2 - I2", "s1.nii.gz", "s2.nii.gz", "-l", "-t", "4"],
+            ["-o", "o.npy", "I1 * 2 - I2", "s1.nii.gz", "s2.nii.gz", "-t", "0"],
+            ["-z", "s2.nii.gz", "-i", "s1.nii.gz", "-f", "image[0] * 2 - I1", "-o", "o.npy"],
+            ["-f", "-I2 + I1*2", "--input=s1.nii.gz", "--input=s2.nii.gz", "--output=o.npy"],
+        ],
+    )
+    def test_a_command_line_of_carto_linear_comb_works(
+        self, run: Run, volumes: list[NDArray[Any]], argv: list[str]
+    ) -> None:
+        ran = run("eval", *argv)
+        assert (ran.status, ran.out) == (0, "")
+        np.testing.assert_array_equal(np.load("o.npy"), volumes[0] * 2 - volumes[1])
 
     def test_options_may_stand_anywhere(self, run: Run, volumes: Any) -> None:
         argv = ["-q", "I1 + I2", "s1.nii.gz", "-o", "out.nii", "--dtype", "int32", "s2.nii.gz"]

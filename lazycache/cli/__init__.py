@@ -166,7 +166,7 @@ def _show_warning(
 def _threads(options: argparse.Namespace) -> Iterator[None]:
     """Hand ``--threads`` on as the environment variable that decides, and take it back."""
     name, wanted = "LAZYCACHE_THREADS", getattr(options, "threads", None)
-    if wanted is None:
+    if not wanted:
         memory.usable_cpus()  # a bad number in the environment is told now
         yield
         return
@@ -193,9 +193,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
     return int(text)
 
 
@@ -226,9 +226,30 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="what to do about images that don't lie on one grid (default: error)",
     )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads that read ahead")
-    parser.add_argument("--zero", action="store_true", help="count images from 0: I0, image[0]")
+    parser.add_argument(
+        "-t",
+        "--threads",
+        type=_count,
+        metavar="N",
+        help="threads that read ahead (default: 0, as many as there are processors for)",
+    )
+    parser.add_argument(
+        "-z", "--zero", action="store_true", help="count images from 0: I0, image[0]"
+    )
     _add_common(parser)
+    others = parser.add_argument_group("as cartoLinearComb has them")
+    others.add_argument(
+        "-i",
+        "--input",
+        action="append",
+        default=[],
+        metavar="IMAGE",
+        help="an image; those given so come before those given without it",
+    )
+    others.add_argument("-f", "--formula", help="the formula; all else are images then")
+    others.add_argument(
+        "-l", "--lazy", action="store_true", help="changes nothing: files are always read lazily"
+    )
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:

@@ -31,7 +31,7 @@ from .voxels import count_not_finite
 
 def run(options: argparse.Namespace) -> int:
     started = time.monotonic()
-    inputs, outputs = read_eval(options.given, options.output)
+    inputs, outputs = read_eval(options.given, options.output, options.formula, options.input)
     formulas = [
         Formula(output.formula, len(inputs.images), inputs.names.keys(), zero=options.zero)
         for output in outputs

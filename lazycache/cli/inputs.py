@@ -97,24 +97,37 @@ def split_output(text: str) -> tuple[str, str | None]:
     return path, rest[1:] if rest else None
 
 
-def read_eval(given: list[str], outputs: list[str]) -> tuple[Inputs, list[Output]]:
-    """The inputs and outputs of ``lazycache eval``, in either of its two forms."""
+def read_eval(
+    given: list[str],
+    outputs: list[str],
+    formula: str | None = None,
+    images: Iterable[str] = (),
+) -> tuple[Inputs, list[Output]]:
+    """The inputs and outputs of ``lazycache eval``, in any of its forms.
+
+    ``formula`` and ``images`` are what was given as such, by ``-f`` and ``-i``; these images come
+    before those among ``given``.
+    """
     split = [split_output(text) for text in outputs]
     with_formula = [formula is not None for _, formula in split]
+    if any(with_formula) and formula is not None:
+        raise UsageError(f"a formula is given with -f, and another one with -o: {formula}")
     if split and all(with_formula):
         found = [Output(formula or "", _file(path)) for path, formula in split]
-        return read_inputs(given), found
+        return read_inputs([*images, *given]), found
     if any(with_formula):
         lone = outputs[with_formula.index(False)]
         raise UsageError(f"-o {lone}: write its formula too: -o {lone}=FORMULA")
     if len(split) > 1:
         raise UsageError("with several -o each needs its formula: -o OUT=FORMULA")
-    if not given:
-        raise UsageError("write a formula and its images (see lazycache eval --help)")
-    formula, *rest = given
-    if os.path.exists(formula) or formula.startswith("@"):
-        raise UsageError(f"{formula} is a file: write the formula before the images")
-    return read_inputs(rest), [Output(formula, _file(split[0][0]) if split else None)]
+    if formula is None:
+        if not given:
+            raise UsageError("write a formula and its images (see lazycache eval --help)")
+        formula, *given = given
+        if os.path.exists(formula) or formula.startswith("@"):
+            raise UsageError(f"{formula} is a file: write the formula before the images")
+    path = _file(split[0][0]) if split else None
+    return read_inputs([*images, *given]), [Output(formula, path)]
 
 
 def _file(path: str) -> str | None:
