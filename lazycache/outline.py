@@ -469,13 +469,13 @@ def _space(node: OpNode, infos: Sequence[Info]) -> tuple[Any, Any, str]:
     """The affine and header of a result, and the file that they are from."""
     nothing = (None, None, "")
     family = node.op.family
-    if np.ndim((node.kwargs or {}).get("q", 0)):  # several percentiles, each an image
+    if node.kwargs and np.ndim(node.kwargs.get("q", 0)):  # several percentiles, each an image
         return nothing
-    if family in ("map", "inplace", "assign"):
-        headed = (info for info in infos if info.affine is not None or info.header is not None)
-        first = next(headed, None)
-        return nothing if first is None else (first.affine, first.header, first.name)
     first = next((info for info in infos if info.affine is not None), None)
+    if family in ("map", "inplace", "assign"):
+        if first is None:
+            first = next((info for info in infos if info.header is not None), None)
+        return nothing if first is None else (first.affine, first.header, first.name)
     if first is None or first.layout is None:
         return nothing
     ndim = len(first.layout.shape)
