@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,7 @@ def layout_of(value: Any) -> Layout | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def dense(shape: Shape, dtype: np.dtype[Any], order: str = "C") -> Layout:
     """The layout of a C- or Fortran-ordered array without gaps."""
     axes = range(len(shape)) if order == "C" else range(len(shape) - 1, -1, -1)
