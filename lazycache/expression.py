@@ -247,10 +247,12 @@ class OpNode(Node):
 
 def fill(template: Any, values: list[Any]) -> Any:
     """The template with each `Slot` replaced by its value."""
+    if template is TWO:
+        return values[0], values[1]
     if type(template) is Slot:
         return values[template.position]
     if type(template) is tuple:
-        return tuple(fill(item, values) for item in template)
+        return tuple([fill(item, values) for item in template])
     if type(template) is list:
         return [fill(item, values) for item in template]
     if type(template) is dict:

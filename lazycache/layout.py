@@ -54,6 +54,20 @@ def layout_of(value: Any) -> Layout | None:
     return None
 
 
+def lies(value: Any, layout: Layout | None) -> bool:
+    """Whether ``value`` is an array of this very layout, or a NumPy scalar of it."""
+    if layout is None:
+        return False
+    if type(value) is np.ndarray:
+        return (
+            value.dtype == layout.dtype
+            and value.shape == layout.shape
+            and value.strides == layout.strides
+            and not layout.scalar
+        )
+    return layout_of(value) == layout
+
+
 @lru_cache(maxsize=1024)
 def dense(shape: Shape, dtype: np.dtype[Any], order: str = "C") -> Layout:
     """The layout of a C- or Fortran-ordered array without gaps."""

@@ -50,6 +50,9 @@ _PROBING_THREADS = 8
 
 Holds = Callable[[Key], bool]
 
+# The families of which some operations are expanded into chains.
+_EXPANDED = frozenset({"fold", "reduce"})
+
 
 @dataclass(eq=False, slots=True)
 class Case:
@@ -134,9 +137,11 @@ class Outline:
             if not isinstance(node, OpNode) or node in self.values:
                 other = self._take_source(node)
             else:
-                if not stand_ins.keys().isdisjoint(node.operands):
-                    self._operands[node] = tuple(map(self.stand_in, node.operands))
-                other = self._expansion(node) or self._take_step(node)
+                operands = node.operands
+                if stand_ins and not stand_ins.keys().isdisjoint(operands):
+                    operands = self._operands[node] = tuple(map(self.stand_in, operands))
+                other = self._expansion(node) if node.op.family in _EXPANDED else None
+                other = other or self._take_step(node, operands)
             if other is not None:
                 stand_ins[node] = other
                 self._take(walk([other], stop=info.__contains__))
@@ -171,16 +176,16 @@ class Outline:
         self.nodes.append(node)
         return None
 
-    def _take_step(self, node: OpNode) -> Node | None:
+    def _take_step(self, node: OpNode, operands: tuple[Node, ...]) -> Node | None:
         """Take a node that has to be computed; or the one that does the same already."""
-        operands = self.operands(node)
         kind = self._kind(node)
         known = None
         if kind is not None:
             twin = self._twins.setdefault((kind, *operands), node)
             if twin is not node:
                 return twin
-            same = (kind, *[id(self.info[operand]) for operand in operands])
+            info = self.info
+            same = (kind, *[id(info[operand]) for operand in operands])
             known = self._known.get(same)
         if known is None:
             known = self._infer(node, kind)
@@ -191,9 +196,10 @@ class Outline:
             self.aligned[node] = aligned
         self.nodes.append(node)
         self.steps.append(node)
-        files = tuple([one for one in operands if isinstance(one, FileNode)])
-        if files:
-            self.files[node] = tuple(dict.fromkeys(files))
+        if self._first:
+            files = [one for one in operands if isinstance(one, FileNode)]
+            if files:
+                self.files[node] = tuple(dict.fromkeys(files))
         return None
 
     def _replacement(self, node: FileNode) -> Node | None:
@@ -214,7 +220,7 @@ class Outline:
         """The chain that does what ``node`` says, if there is one."""
         if node.op.family == "fold":
             return self._expand(node)
-        if node.op.family != "reduce" or not node.operands:
+        if not node.operands:
             return None
         data = self.info[node.operands[0]].layout
         return None if data is None else along_slowest(node, data)
