@@ -30,20 +30,16 @@ class Need(NamedTuple):
     heirs: tuple[int, ...]
 
 
-class Needs:
-    """The `Need` of each step of an outline."""
+class Needs(dict[Case, Need]):
+    """The `Need` of each case of an outline, found out when it is asked for."""
 
     def __init__(self, outline: Outline) -> None:
+        super().__init__()
         self._outline = outline
-        self._cases = outline.cases
-        self._known: dict[Case, Need] = {}
 
-    def of(self, step: OpNode) -> Need:
-        case = self._cases[step]
-        need = self._known.get(case)
-        if need is None:
-            info, operands = self._outline.info, self._outline.operands(step)
-            need = self._known[case] = _need_of(case, [info[node].layout for node in operands])
+    def __missing__(self, case: Case) -> Need:
+        info, operands = self._outline.info, self._outline.operands(case.step)
+        need = self[case] = _need_of(case, [info[node].layout for node in operands])
         return need
 
 

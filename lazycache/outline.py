@@ -181,7 +181,7 @@ class Outline:
         kind = self._kind(node)
         known = None
         if kind is not None:
-            twin = self._twins.setdefault((kind, *operands), node)
+            twin = self._twins.setdefault(_same(kind, operands), node)
             if twin is not node:
                 return twin
             info = self.info
@@ -312,6 +312,15 @@ class Outline:
             ) from grids
         if grids is not None:
             raise grids
+
+
+def _same(kind: int, operands: tuple[Node, ...]) -> Any:
+    """What is equal for nodes of one kind and the same operands, as long as those live."""
+    if len(operands) != 2:
+        return (kind, *operands)
+    # There may be very many: numbers, unlike tuples, are nothing to the garbage collector.
+    left, right = operands
+    return (kind << 64 | id(left)) << 64 | id(right)
 
 
 def _longer(layouts: Sequence[Any], more: Sequence[int]) -> list[Any]:

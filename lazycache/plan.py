@@ -227,7 +227,7 @@ def _whole(outline: Outline, program: Program, needs: Needs) -> tuple[str, ...]:
     for stage in program.stages:
         files.update(dict.fromkeys(node for node in stage.pinned if _only_whole(outline, node)))
         for step in stage.steps if stage.space is None else ():
-            need = needs.of(step)
+            need = needs[outline.cases[step]]
             # Not those that only are so because there is room.
             if need.large and need.way is None and step.op.family != "view":
                 layouts = outline.layouts(step)

@@ -65,6 +65,7 @@ class Planner:
         self.needs = Needs(outline)
         self._built: dict[Any, Program] = {}
         self._memory: dict[Program, _Memory] = {}
+        self._predicted: dict[Program, tuple[int, Prediction]] = {}  # the last of each
         self.files = [node for node in outline.nodes if isinstance(node, FileNode)]
         self._sizes: _Sizes = {node.key: node.key.estimate() for node in self.files}
 
@@ -129,6 +130,9 @@ class Planner:
 
     def predict(self, program: Program, obtainable: int) -> Prediction:
         """What ``program`` will do with ``obtainable`` bytes, if it has them for itself."""
+        before = self._predicted.get(program)
+        if before is not None and before[0] == obtainable:
+            return before[1]
         memory = self._memory.get(program)
         if memory is None:
             needs = [stage.pinned for stage in program.stages if stage.pinned]
@@ -138,7 +142,9 @@ class Planner:
         reads, peak = memory.run(obtainable - program.workspace)
         reads.update(program.streamed)
         nbytes = sum(self._sizes[node.key][0] * count for node, count in reads.items())
-        return Prediction(reads, nbytes, program.workspace + peak)
+        found = Prediction(reads, nbytes, program.workspace + peak)
+        self._predicted[program] = obtainable, found
+        return found
 
     def _programs(self) -> Iterator[Program]:
         """What there is to choose from, the best first where the reads are the same."""

@@ -156,8 +156,9 @@ class _Partition:
 
     def run(self, steps: Iterable[OpNode]) -> list[Stage]:
         width, files = self.manner.width, self.outline.files
+        needs, cases = self.needs, self.outline.cases
         for step in steps:
-            need = self.needs.of(step)
+            need = needs[cases[step]]
             if width and need.way is not None:
                 self._blocks(step, need.way, need)
             else:
@@ -237,6 +238,7 @@ class _Simulation:
     def __init__(self, outline: Outline, needs: Needs, left: Counter[Node], manner: Manner) -> None:
         self.outline = outline
         self.needs = needs
+        self.cases = outline.cases
         self.left = left  # the uses of each node that are still to come
         self.manner = manner
         self.memory: dict[Node, _Memory] = {}  # of each living temporary
@@ -254,8 +256,8 @@ class _Simulation:
             self._blocks(stage)
         # What this stage pins, with what reading takes besides, and what stays pinned.
         if keys or self.pinned:
-            lent = set[Key]().union(*self.pinned.values()) - keys
             peak = sum(key.estimate()[1] for key in keys)
+            lent = set[Key]().union(*self.pinned.values()) - keys if self.pinned else ()
             self.room = max(self.room, peak + sum(key.estimate()[0] for key in lent))
             for node in [node for node in self.pinned if not self.left[node]]:
                 del self.pinned[node]
@@ -274,7 +276,7 @@ class _Simulation:
 
     def _whole(self, step: OpNode, keys: set[Key]) -> None:
         operands = self.outline.operands(step)
-        need = self.needs.of(step)
+        need = self.needs[self.cases[step]]
         heir = self._heir(step, need, operands)
         if heir is not None and step.op.family == "view":
             self.pinned[step] = keys.union(*(self.pinned.get(o, ()) for o in operands))
@@ -350,7 +352,7 @@ class _Simulation:
             result = self.outline.info[step].layout
             heir = None
             if stage.ways[step].kind == "each":
-                heir = self._heir(step, self.needs.of(step), operands)
+                heir = self._heir(step, self.needs[self.cases[step]], operands)
             self.own.add(step)
             if heir is None or stage.periods[step, heir] != stage.space.size:
                 array = Array(result.dtype)
