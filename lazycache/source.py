@@ -155,6 +155,16 @@ class FileKey(Key):
         self.part = part
         self._known: _Known | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return file_key, (self.path, self.reader, dict(self.options), self.dtype, self.part)
+
+    def anew(self, part: tuple[Any, ...] | None = None) -> FileKey:
+        """The same data, or a part of a whole, under a key of its own that nothing is known of yet.
+
+        For who reads the files at once: nobody else finds this key.
+        """
+        return FileKey(self.path, self.reader, self.options, self.dtype, part or self.part)
+
     def probe(self) -> Probe:
         """What the header tells of the data: of the part, in the dtype asked for.
 

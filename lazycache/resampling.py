@@ -1,0 +1,162 @@
+"""`LazyResampleVolume`: a proxy of a volume that is resampled and converted while it is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from .cache import DataCache
+from .expression import FileNode, GridMode
+from .inputs import path_of
+from .proxy import LazyReadData
+from .resampler import Place, Resampler
+from .source import FileKey, file_key
+from .transforms import as_transforms
+
+_LARGEST_ORDER = 7  # of AIMS
+# The names that AIMS has for the types of voxels.
+_OF_AIMS = {
+    "U8": "u1", "S8": "i1", "U16": "u2", "S16": "i2", "U32": "u4", "S32": "i4", "U64": "u8",
+    "S64": "i8", "FLOAT": "f4", "DOUBLE": "f8", "CFLOAT": "c8", "CDOUBLE": "c16", "BOOL": "?",
+}  # fmt: skip
+
+
+class LazyResampleVolume(LazyReadData):
+    """A `LazyReadData` of a volume that is put onto another grid, and converted, as it is loaded.
+
+    ::
+
+        volumes = [LazyResampleVolume(f, like="template.nii.gz", transform=t)
+                   for f, t in zip(files, transforms)]
+        mean = lazycache.mean(PreloadList(volumes))
+
+    ``data_or_filename``, ``allocator_context``, ``read_options``, ``nops``, ``reader``, ``cache``,
+    ``grid`` and further arguments are those of `LazyReadData`; the data are those of a file, or of
+    a proxy of one. Runs of more than three axes are resampled volume by volume. Nothing is read
+    here. It is a source as others are: loaded once for all who need it, in one request of memory
+    for the source, what computing takes, and the result; preloaded, planned, pickled as a recipe.
+
+    ``transform`` leads from the millimetres of the image to those of the result. It is a 4x4 array,
+    a file, a transformation of AIMS, or a list of these, applied right to left. An array, an affine
+    of ITK (``.txt``, ``.tfm``, ``.mat``) or FSL (``.mat``) is in the millimetres of the headers'
+    affines, as in nibabel; a ``.trm`` file and AIMS's own object in those of AIMS, as everything is
+    for volumes that AIMS reads.
+
+    The grid of the result is, in this order: that of ``like``, an image, a path or a proxy (without
+    a transform both headers' affines say how they lie to each other); or ``dims`` voxels of
+    ``vox_size`` mm (1 mm without it) along the axes of the image, from its first voxel on
+    (``vox_size`` alone: as many as cover the image); or that of the image.
+
+    ``resampling_order`` is that of the splines: 0 takes the value of the nearest voxel, which keeps
+    labels what they are, 1 is linear, 3 cubic; up to 5, or 7 for volumes that AIMS reads. A NaN
+    spreads from order 2 on. ``default_value`` is for what lies outside of the image.
+
+    ``dtype`` is the type of the result, a NumPy dtype or AIMS's name ("FLOAT", "S16"); without it
+    that of the image. Integers get the nearest value that they can hold (halves the even one;
+    never wrapped around, NaN becomes ``default_value``); of bool what rounds to 0 is False.
+
+    Raises TypeError and ValueError for parameters that make no sense. What only headers tell (a
+    ``default_value`` that the dtype can't hold, orders that scipy doesn't have, a file without
+    orientation with ``like`` alone) is raised at the first use.
+    """
+
+    def __init__(
+        self,
+        data_or_filename: Any,
+        allocator_context: Any = None,
+        read_options: Mapping[str, Any] | None = None,
+        nops: int = 0,
+        reader: Any = None,
+        dtype: DTypeLike | None = None,
+        transform: Any = None,
+        dims: Sequence[int] | None = None,
+        vox_size: Sequence[float] | None = None,
+        resampling_order: int = 1,
+        default_value: Any = 0,
+        *,
+        like: Any = None,
+        cache: DataCache | None = None,
+        grid: GridMode = "error",
+        **kwargs: Any,
+    ) -> None:
+        if like is not None and (dims is not None or vox_size is not None):
+            raise TypeError("like= gives the whole grid: leave dims= and vox_size= out")
+        super().__init__(
+            data_or_filename,
+            allocator_context,
+            read_options,
+            nops,
+            reader,
+            cache=cache,
+            grid=grid,
+            **kwargs,
+        )
+        node = self._node
+        if not isinstance(node, FileNode):
+            raise TypeError(
+                "only volumes of files can be resampled while they are loaded: save it, and give "
+                "its path"
+            )
+        resampler = Resampler(
+            node.key,
+            as_transforms(transform),
+            None if like is None else _place_of(like),
+            None if dims is None else _numbers("dims", dims, int),
+            None if vox_size is None else _numbers("vox_size", vox_size, float),
+            _order(resampling_order),
+            _number(default_value),
+            None if dtype is None else _dtype(dtype),
+        )
+        self._result = None
+        self._stand_for(FileNode(file_key(node.key.path, resampler), nops, resampler))
+
+
+def _place_of(like: Any) -> FileKey | Place:
+    if isinstance(like, LazyReadData) and isinstance(like._node, FileNode):
+        return like._node.key
+    path = path_of(like)
+    if path is not None:
+        return file_key(path)
+    shape, affine = getattr(like, "shape", None), getattr(like, "affine", None)
+    if shape is None or affine is None or len(shape) < 3 or not np.isfinite(affine).all():
+        raise TypeError(f"like={like!r}: give an image with an affine, its path, or a proxy")
+    numbers = np.asarray(affine, np.float64).ravel()
+    return Place(tuple(map(int, shape)), tuple(map(float, numbers)))
+
+
+def _numbers(name: str, given: Sequence[Any], kind: type) -> tuple[Any, ...]:
+    numbers = tuple(given)
+    right = len(numbers) >= 3 and all(
+        isinstance(number, int | float | np.integer | np.floating)
+        and number == kind(number)
+        and 0 < number < math.inf
+        for number in numbers
+    )
+    if not right:
+        raise ValueError(f"{name}={given!r}: give three numbers above 0, for x, y and z")
+    return tuple(map(kind, numbers))
+
+
+def _order(order: Any) -> int:
+    if isinstance(order, bool) or order not in range(_LARGEST_ORDER + 1):
+        raise ValueError(f"resampling_order={order!r}: give a number from 0 to {_LARGEST_ORDER}")
+    return int(order)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not isinstance(value, int | float | complex):
+        raise TypeError(f"default_value={value!r}: give a number")
+    return value
+
+
+def _dtype(given: Any) -> np.dtype[Any]:
+    if isinstance(given, str):
+        given = _OF_AIMS.get(given.removeprefix("Volume_"), given)
+    dtype: np.dtype[Any] = np.dtype(given)
+    return dtype.newbyteorder("=")
