@@ -311,7 +311,7 @@ def file_info(key: FileKey) -> Info:
     layout = None
     if probe.shape is not None and probe.dtype is not None:
         layout = dense(probe.shape, probe.dtype, probe.order)
-    return Info(layout, probe.affine, probe.header, key.path)
+    return Info(layout, probe.affine, probe.header, key.title)
 
 
 def probe_all(files: Iterable[FileNode]) -> None:
@@ -451,6 +451,9 @@ def _misfit(node: OpNode, infos: Sequence[Info], error: Exception) -> str:
 def _space(node: OpNode, infos: Sequence[Info]) -> tuple[Any, Any, str]:
     """The affine and header of a result, and the file that they are from."""
     nothing = (None, None, "")
+    place = getattr(node.op.call, "place", None)
+    if place is not None:  # it was brought elsewhere
+        return place  # type: ignore[no-any-return]
     family = node.op.family
     if np.ndim((node.kwargs or {}).get("q", 0)):  # several percentiles, each an image
         return nothing

@@ -1,8 +1,10 @@
-"""The reader of a volume that is resampled, and converted, as it is loaded.
+"""What is to be done to resample a volume, as headers tell it, and the reader that does it.
 
-It wraps the key of its source, so that all that a cache does with a file holds for what comes of
-resampling it: its size is known from headers, one load serves all who ask, loads run ahead. What a
-load takes at once, the source included, is its ``peak_nbytes``: it is asked for in one request.
+A `Target` says onto which grid, and how; `Target.resampling` makes of it, and of the header of a
+volume, a `Resampling`. `Resampler` is a reader that wraps the key of its source, so that all that a
+cache does with a file holds for what comes of resampling it: its size is known from headers, one
+load serves all who ask, loads run ahead. What a load takes at once, the source included, is its
+``peak_nbytes``: it is asked for in one request.
 
 A source of more than three axes is read and resampled a volume at a time, where its reader can
 read parts.
@@ -13,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +24,16 @@ from . import _buffers, sampling
 from .errors import ReadError
 from .readers.base import Probe, checkpoint
 from .source import FileKey
-from .transforms import File, Grid, Shape3, Transform, combined, grid_of, resized, uses_aims
+from .transforms import File, Grid, Transform, combined, grid_of, resized, uses_aims
 
 Index = tuple[int | slice, ...]
 
-_ALL = (slice(None),) * 3
+_VOLUME = (slice(None),) * 3
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an image in memory lies: its affine as 16 numbers."""
+    """Where an image in memory lies: its shape, and its affine as 16 numbers."""
 
     shape: tuple[int, ...]
     affine: tuple[float, ...]
@@ -41,24 +43,49 @@ class Place:
         return Grid((x, y, z), np.reshape(self.affine, (4, 4)))
 
 
-class _Work(NamedTuple):
-    """What is to be done, as headers tell it."""
+class Resampling(NamedTuple):
+    """What is to be done to a volume.
 
-    source: FileKey
-    shape: Shape3  # of the source, its first three axes
-    by_volumes: bool  # whether its volumes are read one by one
-    matrix: NDArray[Any]  # from the indices of the result to those of the source
-    result: Probe
+    ``matrix`` leads from the indices of the result to those of the source. ``transient`` is what
+    that takes beside the source and the result. ``files`` are those that it was taken from, besides
+    those of the source.
+    """
+
+    matrix: NDArray[Any]
+    spline: int
+    fill: Any
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    affine: NDArray[Any] | None
+    header: Any
+    transient: int
+    files: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def sample(self, volume: NDArray[Any], taken: list[range], out: NDArray[Any]) -> None:
+        """Put those voxels of the result that are ``taken`` along each axis into ``out``."""
+        nx, ny, nz = self.shape[:3]
+        plane = np.empty((nx, ny), out.dtype, "F")
+        x, y, numbers = taken[:3]
+        rows = (slice(x.start, x.stop, x.step), slice(y.start, y.stop, y.step))
+        for given, values, wanted, fill in zip(
+            *map(sampling.channels, (volume, plane, out)), _fills(self.fill, out.dtype), strict=True
+        ):
+            sampler = sampling.Sampler(given, self.matrix, (nx, ny, nz), self.spline, fill)
+            for at, number in enumerate(numbers):
+                checkpoint()
+                sampler.plane(number, values)
+                wanted[:, :, at] = values[rows]
+            del sampler  # before the next one is made
 
 
 @dataclass(frozen=True, slots=True)
-class Resampler:
-    """Reads ``source`` onto another grid; `LazyResampleVolume` says what each parameter means.
+class Target:
+    """Onto which grid, and how; `LazyResampleVolume` says what each parameter means."""
 
-    The keys in it are recipes: files may have changed, so each look at them is a new one.
-    """
-
-    source: FileKey
     transforms: tuple[Transform, ...] = ()
     like: FileKey | Place | None = None
     dims: tuple[int, ...] | None = None
@@ -66,118 +93,59 @@ class Resampler:
     spline: int = 1
     fill: Any = 0
     dtype: np.dtype[Any] | None = None
-    name: str = "resample"
 
-    def can_read(self, path: str) -> bool:
-        return path == self.source.path
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The files that it is taken from, as far as that is known without looking at them."""
+        files = [one.path for one in self.transforms if isinstance(one, File)]
+        return (*files, *(self.like.inputs if isinstance(self.like, FileKey) else ()))
 
-    def probe(self, path: str) -> Probe:
-        return self._work().result
+    def resampling(self, name: str, given: Probe) -> Resampling:
+        """What is to be done to the volume called ``name``.
 
-    def read(self, path: str) -> NDArray[Any]:
-        work = self._work()
-        assert work.result.shape is not None
-        return self._part(work, (slice(None),) * len(work.result.shape))
-
-    def read_part(self, path: str, index: Index) -> NDArray[Any]:
-        return self._part(self._work(), index)
-
-    def _part(self, work: _Work, index: Index) -> NDArray[Any]:
-        shape, dtype = work.result.shape, work.result.dtype
-        assert shape is not None
-        assert dtype is not None
-        taken = [
-            range(size)[item] if isinstance(item, slice) else range(item, item + 1)
-            for item, size in zip(index, shape, strict=True)
-        ]
-        counts = [len(places) for places in taken]
-        kept = tuple(
-            count for count, item in zip(counts, index, strict=True) if isinstance(item, slice)
-        )
-        buffer = _buffers.Buffer(math.prod(counts) * dtype.itemsize)
-        values = buffer.writable(tuple(counts), dtype, "F")
-        if values.size:
-            whole = None if work.by_volumes else work.source.load()
-            later = zip(product(*taken[3:]), np.ndindex(*counts[3:]), strict=True)
-            for volume, place in later:
-                out = values[(..., *place)]
-                if whole is None:
-                    self._sample(work, work.source.anew((*_ALL, *volume)).load(), taken, out)
-                else:
-                    self._sample(work, whole[(..., *volume)], taken, out)
-        return buffer.readonly(kept, dtype, "F")
-
-    def _sample(
-        self, work: _Work, volume: NDArray[Any], taken: list[range], out: NDArray[Any]
-    ) -> None:
-        """Put those voxels of the result that are ``taken`` along each axis into ``out``."""
-        assert work.result.shape is not None
-        nx, ny, nz = work.result.shape[:3]
-        plane = np.empty((nx, ny), out.dtype, "F")
-        x, y, numbers = taken[:3]
-        rows = (slice(x.start, x.stop, x.step), slice(y.start, y.stop, y.step))
-        for given, values, wanted, fill in zip(
-            *map(sampling.channels, (volume, plane, out)), _fills(self.fill, out.dtype), strict=True
-        ):
-            sampler = sampling.Sampler(given, work.matrix, (nx, ny, nz), self.spline, fill)
-            for at, number in enumerate(numbers):
-                checkpoint()
-                sampler.plane(number, values)
-                wanted[:, :, at] = values[rows]
-            del sampler  # before the next one is made
-
-    # What headers tell
-
-    def _work(self) -> _Work:
-        source = self.source.anew()
-        given = source.probe()
-        image = grid_of(given, source.name)
-        like = self.like.anew() if isinstance(self.like, FileKey) else self.like
-        grid = self._grid(source.name, image, like)
-        moved = np.eye(4)
-        if self.transforms:
-            moved = combined(self.transforms, image, grid)
+        Raises what reading headers and transformations raises, and ValueError for parameters that
+        don't go with the volume.
+        """
+        image = grid_of(given, name)
+        model = self.like.anew().probe() if isinstance(self.like, FileKey) else None
+        grid = self._grid(name, image, model)
+        moved = combined(self.transforms, image, grid)
         matrix = np.linalg.inv(moved @ image.affine) @ grid.affine
         assert given.shape is not None
-        by_volumes = (
-            len(given.shape) > 3
-            and source.part is None
-            and given.order == "F"
-            and hasattr(source.reader, "read_part")
-        )
-        files = [*given.files, *(one.path for one in self.transforms if isinstance(one, File))]
-        model = like.probe() if isinstance(like, FileKey) else None
-        if model is not None:
-            files += model.files
+        assert given.dtype is not None
         shape = (*grid.shape, *given.shape[3:])
-        dtype = self._dtype(source.name, given)
-        nbytes = math.prod(shape) * dtype.itemsize
-        one = source.anew((*_ALL, *[0] * (len(given.shape) - 3))) if by_volumes else source
-        result = Probe(
-            format=f"{given.format}, resampled",
-            shape=shape,
-            dtype=dtype,
-            nbytes=nbytes,
-            peak_nbytes=nbytes + self._beside(one.probe(), image.shape, matrix, grid.shape),
-            files=tuple(dict.fromkeys(files)),
-            order="F",
-            affine=grid.affine if grid.placed else None,
-            header=self._header(shape, dtype, grid, given, model),
-            dtype_reason=given.dtype_reason if self.dtype is None else "",
+        dtype = self._dtype(name, given.shape, given.dtype)
+        sampling_it = max(
+            sampling.transient_nbytes(channel.dtype, image.shape, matrix, grid.shape, self.spline)
+            for channel in sampling.channels(np.empty(0, given.dtype))
         )
-        return _Work(source, image.shape, by_volumes, matrix, result)
+        files = [one.path for one in self.transforms if isinstance(one, File)]
+        return Resampling(
+            matrix,
+            self.spline,
+            self.fill,
+            shape,
+            dtype,
+            grid.affine if grid.placed else None,
+            self._header(shape, dtype, grid, given.header, model and model.header),
+            sampling_it + grid.shape[0] * grid.shape[1] * dtype.itemsize,
+            (*files, *(model.files if model else ())),
+        )
 
-    def _grid(self, name: str, image: Grid, like: FileKey | Place | None) -> Grid:
+    def _grid(self, name: str, image: Grid, model: Probe | None) -> Grid:
         """The grid of the result."""
-        if like is not None:
-            model = like.grid() if isinstance(like, Place) else grid_of(like.probe(), like.name)
-            if not self.transforms and not (image.placed and model.placed):
-                where = name if not image.placed else getattr(like, "name", "the other image")
+        if self.like is not None:
+            if isinstance(self.like, Place):
+                grid, other = self.like.grid(), ""
+            else:
+                assert model is not None
+                grid, other = grid_of(model, self.like.name), self.like.name
+            if not self.transforms and not (image.placed and grid.placed):
                 raise ReadError(
-                    f"{where} doesn't say where its voxels lie, so like= alone can't bring {name} "
-                    "there: give transform= as well"
+                    f"{other if image.placed else name} doesn't say where its voxels lie, so "
+                    f"like= alone can't bring {name} there: give transform= as well"
                 )
-            return model
+            return grid
         if self.dims is None and self.voxel_size is None:
             return image
         sizes = (1.0, 1.0, 1.0) if self.voxel_size is None else self.voxel_size[:3]
@@ -188,20 +156,17 @@ class Resampler:
             x, y, z = self.dims[:3]
         return resized(image, (x, y, z), sizes, as_aims=uses_aims(self.transforms))
 
-    def _dtype(self, name: str, given: Probe) -> np.dtype[Any]:
-        """The dtype of the result. Raises ValueError for what doesn't go with the source."""
-        assert given.dtype is not None
-        assert given.shape is not None
-        dtype = given.dtype.newbyteorder("=") if self.dtype is None else self.dtype
-        later = given.shape[3:]
-        wanted = () if self.dims is None else self.dims[3:]
-        if _without_ones(wanted) != _without_ones(later if wanted else ()):
+    def _dtype(self, name: str, shape: tuple[int, ...], given: np.dtype[Any]) -> np.dtype[Any]:
+        """The dtype of the result."""
+        dtype = given.newbyteorder("=") if self.dtype is None else self.dtype
+        later = () if self.dims is None else self.dims[3:]
+        if later and _without_ones(later) != _without_ones(shape[3:]):
             raise ValueError(
-                f"dims={self.dims}: {name} has the shape {given.shape}, and only its first three "
-                "axes are resampled: give three numbers"
+                f"dims={self.dims}: {name} has the shape {shape}, and only its first three axes "
+                "are resampled: give three numbers"
             )
-        if _kind(dtype) != _kind(given.dtype):
-            raise ValueError(f"{name} holds {given.dtype} voxels, which can't be made {dtype}")
+        if _kind(dtype) != _kind(given):
+            raise ValueError(f"{name} holds {given} voxels, which can't be made {dtype}")
         if self.spline > sampling.LARGEST_ORDER:
             raise ValueError(
                 f"resampling_order={self.spline}: with scipy it is 0 to {sampling.LARGEST_ORDER}; "
@@ -214,36 +179,98 @@ class Resampler:
             )
         return dtype
 
-    def _beside(self, source: Probe, shape: Shape3, matrix: Any, grid: Shape3) -> int:
-        """The most bytes that a load takes beside its result: those of the source among them."""
-        assert source.dtype is not None
-        sampling_it = max(
-            sampling.transient_nbytes(channel.dtype, shape, matrix, grid, self.spline)
-            for channel in sampling.channels(np.empty(0, source.dtype))
-        )
-        plane = grid[0] * grid[1] * (self.dtype or source.dtype).itemsize
-        return max(source.peak_nbytes, source.nbytes + sampling_it + plane)
-
     def _header(
-        self, shape: tuple[int, ...], dtype: np.dtype[Any], grid: Grid, given: Probe, model: Any
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], grid: Grid, own: Any, model: Any
     ) -> Any:
-        """A NIfTI header for the result, with what still holds of that of the source."""
-        if given.header is None and (model is None or model.header is None):
+        """A NIfTI header for the result, with what still holds of the volume's ``own``."""
+        if own is None and model is None:
             return None
         from .nibabel_image import moved_header, nifti_header, stored_dtype
 
         stored = stored_dtype(dtype)
         if stored is None:
             return None
+        if grid.placed and (self.like is not None or self.transforms):
+            return moved_header(shape, stored, grid.affine, own, model)
+        header = nifti_header(shape, stored, grid.affine if grid.placed else None, own)
         if not grid.placed:
-            header = nifti_header(shape, stored, None, given.header)
             header["pixdim"][1:4] = grid.voxel_size
-        elif self.like is None and not self.transforms:
-            header = nifti_header(shape, stored, grid.affine, given.header)
-        else:
-            to = None if model is None else model.header
-            header = moved_header(shape, stored, grid.affine, given.header, to)
         return header
+
+
+@dataclass(frozen=True, slots=True)
+class Resampler:
+    """Reads ``source`` onto another grid.
+
+    The keys in it are recipes: files may have changed, so each look at them is a new one.
+    """
+
+    source: FileKey
+    target: Target
+
+    name: ClassVar[str] = "resample"
+    label: ClassVar[str] = " (resampled)"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (*self.source.inputs, *self.target.inputs)
+
+    def can_read(self, path: str) -> bool:
+        return path == self.source.path
+
+    def probe(self, path: str) -> Probe:
+        source = self.source.anew()
+        given = source.probe()
+        todo = self.target.resampling(source.name, given)
+        if _by_volumes(source, given):
+            assert given.shape is not None
+            given = source.anew((*_VOLUME, *[0] * len(given.shape[3:]))).probe()
+        return Probe(
+            format=f"{given.format}, resampled",
+            shape=todo.shape,
+            dtype=todo.dtype,
+            nbytes=todo.nbytes,
+            peak_nbytes=todo.nbytes + max(given.peak_nbytes, given.nbytes + todo.transient),
+            files=tuple(dict.fromkeys((*given.files, *todo.files))),
+            order="F",
+            affine=todo.affine,
+            header=todo.header,
+            dtype_reason=given.dtype_reason if self.target.dtype is None else "",
+        )
+
+    def read(self, path: str) -> NDArray[Any]:
+        return self.read_part(path, ())
+
+    def read_part(self, path: str, index: Index) -> NDArray[Any]:
+        source = self.source.anew()
+        given = source.probe()
+        todo = self.target.resampling(source.name, given)
+        index = index or (slice(None),) * len(todo.shape)
+        taken = [
+            range(size)[item] if isinstance(item, slice) else range(item, item + 1)
+            for item, size in zip(index, todo.shape, strict=True)
+        ]
+        counts = [len(places) for places in taken]
+        buffer = _buffers.Buffer(math.prod(counts) * todo.dtype.itemsize)
+        result = buffer.writable(tuple(counts), todo.dtype, "F")
+        if result.size:
+            whole = None if _by_volumes(source, given) else source.load()
+            later = zip(product(*taken[3:]), np.ndindex(*counts[3:]), strict=True)
+            for volume, place in later:
+                out = result[(..., *place)]
+                if whole is None:
+                    todo.sample(source.anew((*_VOLUME, *volume)).load(), taken, out)
+                else:
+                    todo.sample(whole[(..., *volume)], taken, out)
+        kept = [count for count, item in zip(counts, index, strict=True) if isinstance(item, slice)]
+        return buffer.readonly(tuple(kept), todo.dtype, "F")
+
+
+def _by_volumes(source: FileKey, given: Probe) -> bool:
+    """Whether the volumes of ``source`` are read one by one."""
+    assert given.shape is not None
+    in_rows = len(given.shape) > 3 and given.order == "F"
+    return in_rows and source.part is None and hasattr(source.reader, "read_part")
 
 
 def _fills(fill: Any, dtype: np.dtype[Any]) -> list[Any]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
+from ._frames import location
 from .cache import DataCache
-from .expression import FileNode, GridMode
+from .expression import ONE, FileNode, GridMode, Info, Node, Op, OpNode, describe
 from .inputs import path_of
+from .layout import Layout, dense
 from .proxy import LazyReadData
-from .resampler import Place, Resampler
+from .readers.base import Probe
+from .resampler import Place, Resampler, Resampling, Target
 from .source import FileKey, file_key
 from .transforms import as_transforms
 
@@ -95,14 +99,7 @@ class LazyResampleVolume(LazyReadData):
             grid=grid,
             **kwargs,
         )
-        node = self._node
-        if not isinstance(node, FileNode):
-            raise TypeError(
-                "only volumes of files can be resampled while they are loaded: save it, and give "
-                "its path"
-            )
-        resampler = Resampler(
-            node.key,
+        target = Target(
             as_transforms(transform),
             None if like is None else _place_of(like),
             None if dims is None else _numbers("dims", dims, int),
@@ -111,8 +108,59 @@ class LazyResampleVolume(LazyReadData):
             _number(default_value),
             None if dtype is None else _dtype(dtype),
         )
-        self._result = None
-        self._stand_for(FileNode(file_key(node.key.path, resampler), nops, resampler))
+        node, self._result = self._node, None
+        if isinstance(node, FileNode):
+            resampler = Resampler(node.key, target)
+            self._stand_for(FileNode(file_key(node.key.path, resampler), nops, resampler))
+        else:
+            op = Op("resample", _Resample(target), "fold")
+            self._stand_for(OpNode(op, (node,), ONE, location=location()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Resample:
+    """Resampling what isn't a file's: once its header is known, the operation that does it."""
+
+    target: Target
+
+    def __call__(self, node: OpNode, infos: Sequence[Info]) -> Node:
+        [info] = infos
+        layout = info.layout
+        name = describe(node.operands[0])
+        if layout is None:
+            raise TypeError(f"{name} is no array: only volumes can be resampled")
+        nbytes, affine, header = layout.nbytes, info.affine, info.header
+        given = Probe(
+            name, layout.shape, layout.dtype, nbytes, nbytes, (), affine=affine, header=header
+        )
+        todo = self.target.resampling(name, given)
+        return OpNode(Op("resample", Resampled(todo)), node.operands, ONE, None, node.location)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resampled:
+    """The operation on an array."""
+
+    todo: Resampling
+
+    @property
+    def transient(self) -> int:
+        return self.todo.transient
+
+    @property
+    def place(self) -> tuple[Any, Any, str]:
+        """The affine and header of the result, and what they are of."""
+        return self.todo.affine, self.todo.header, "what was resampled"
+
+    def layout(self, layouts: list[Layout]) -> Layout:
+        return dense(self.todo.shape, self.todo.dtype, "F")
+
+    def __call__(self, values: Any) -> NDArray[Any]:
+        out = self.layout([]).empty()
+        taken = [range(size) for size in self.todo.shape]
+        for volume in np.ndindex(*self.todo.shape[3:]):
+            self.todo.sample(values[(..., *volume)], taken, out[(..., *volume)])
+        return out
 
 
 def _place_of(like: Any) -> FileKey | Place:
@@ -159,4 +207,6 @@ def _dtype(given: Any) -> np.dtype[Any]:
     if isinstance(given, str):
         given = _OF_AIMS.get(given.removeprefix("Volume_"), given)
     dtype: np.dtype[Any] = np.dtype(given)
+    if dtype.kind not in "biufcV":
+        raise TypeError(f"dtype={given!r}: voxels are numbers")
     return dtype.newbyteorder("=")

@@ -137,7 +137,7 @@ class _Known(NamedTuple):
 class FileKey(Key):
     """The data of a file, or a part of it, as one reader with one set of options reads it."""
 
-    __slots__ = ("_known", "dtype", "options", "part", "path", "reader")
+    __slots__ = ("_known", "dtype", "options", "part", "path", "reader", "title")
 
     def __init__(
         self,
@@ -147,7 +147,9 @@ class FileKey(Key):
         dtype: np.dtype[Any] | None,
         part: tuple[Any, ...] | None,
     ) -> None:
-        super().__init__(path if part is None else f"{path}[{index_text(part)}]")
+        # What a reader makes of a file may be something else than the file: it says so.
+        self.title = path + getattr(reader, "label", "")
+        super().__init__(self.title if part is None else f"{self.title}[{index_text(part)}]")
         self.path = path
         self.reader = reader
         self.options = MappingProxyType(dict(options))
@@ -164,6 +166,11 @@ class FileKey(Key):
         For who reads the files at once: nobody else finds this key.
         """
         return FileKey(self.path, self.reader, self.options, self.dtype, part or self.part)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The files that it needs, as far as that is known without looking at any."""
+        return (self.path, *getattr(self.reader, "inputs", ()))
 
     def probe(self) -> Probe:
         """What the header tells of the data: of the part, in the dtype asked for.
