@@ -309,9 +309,10 @@ def file_info(key: FileKey) -> Info:
     """What the header of a file tells; raises what probing raises."""
     probe = key.probe()
     layout = None
-    if probe.shape is not None and probe.dtype is not None:
+    if probe.shape is not None and probe.dtype is not None and not probe.kind:
         layout = dense(probe.shape, probe.dtype, probe.order)
-    return Info(layout, probe.affine, probe.header, key.title)
+    # Of an object the header is what its own method gives.
+    return Info(layout, probe.affine, None if probe.kind else probe.header, key.title)
 
 
 def probe_all(files: Iterable[FileNode]) -> None:
