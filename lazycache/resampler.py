@@ -20,11 +20,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _buffers, sampling
+from . import _buffers, aims_resampling, sampling
+from ._aims import VOLUME, code_of
 from .errors import ReadError
 from .readers.base import Probe, checkpoint
 from .source import FileKey
-from .transforms import File, Grid, Transform, combined, grid_of, resized, uses_aims
+from .transforms import File, Grid, Transform, combined, grid_of, in_aims_order, resized, uses_aims
 
 Index = tuple[int | slice, ...]
 
@@ -46,17 +47,18 @@ class Place:
 class Resampling(NamedTuple):
     """What is to be done to a volume.
 
-    ``matrix`` leads from the indices of the result to those of the source. ``transient`` is what
-    that takes beside the source and the result. ``files`` are those that it was taken from, besides
-    those of the source.
+    ``image`` and ``grid`` are where it is and where it is to be; ``matrix`` leads from the indices
+    of the result to those of the source. ``transient`` is what that takes beside the source and the
+    result. ``files`` are those that it was taken from, besides those of the source.
     """
 
+    image: Grid
+    grid: Grid
     matrix: NDArray[Any]
     spline: int
     fill: Any
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    affine: NDArray[Any] | None
     header: Any
     transient: int
     files: tuple[str, ...]
@@ -64,6 +66,17 @@ class Resampling(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def affine(self) -> NDArray[Any] | None:
+        return self.grid.affine if self.grid.placed else None
+
+    @property
+    def in_millimetres(self) -> NDArray[Any]:
+        """From indices times voxel sizes of the source to those of the result, as AIMS counts."""
+        sizes = [np.diag([*one.voxel_size, 1.0]) for one in (self.grid, self.image)]
+        matrix: NDArray[Any] = sizes[0] @ np.linalg.inv(sizes[1] @ self.matrix)
+        return matrix
 
     def sample(self, volume: NDArray[Any], taken: list[range], out: NDArray[Any]) -> None:
         """Put those voxels of the result that are ``taken`` along each axis into ``out``."""
@@ -114,21 +127,28 @@ class Target:
         assert given.shape is not None
         assert given.dtype is not None
         shape = (*grid.shape, *given.shape[3:])
-        dtype = self._dtype(name, given.shape, given.dtype)
-        sampling_it = max(
-            sampling.transient_nbytes(channel.dtype, image.shape, matrix, grid.shape, self.spline)
-            for channel in sampling.channels(np.empty(0, given.dtype))
-        )
+        dtype = self._dtype(name, given.shape, given.dtype, of_aims=image.of_aims)
+        if image.of_aims:
+            voxels, results = math.prod(given.shape), math.prod(shape)
+            transient = aims_resampling.transient_nbytes(
+                given.dtype, dtype, voxels, results, self.spline
+            )
+        else:
+            transient = grid.shape[0] * grid.shape[1] * dtype.itemsize + max(
+                sampling.transient_nbytes(part.dtype, image.shape, matrix, grid.shape, self.spline)
+                for part in sampling.channels(np.empty(0, given.dtype))
+            )
         files = [one.path for one in self.transforms if isinstance(one, File)]
         return Resampling(
+            image,
+            grid,
             matrix,
             self.spline,
             self.fill,
             shape,
             dtype,
-            grid.affine if grid.placed else None,
-            self._header(shape, dtype, grid, given.header, model and model.header),
-            sampling_it + grid.shape[0] * grid.shape[1] * dtype.itemsize,
+            self._header(shape, dtype, grid, given.header, model),
+            transient,
             (*files, *(model.files if model else ())),
         )
 
@@ -145,7 +165,7 @@ class Target:
                     f"{other if image.placed else name} doesn't say where its voxels lie, so "
                     f"like= alone can't bring {name} there: give transform= as well"
                 )
-            return grid
+            return in_aims_order(grid) if image.of_aims else grid
         if self.dims is None and self.voxel_size is None:
             return image
         sizes = (1.0, 1.0, 1.0) if self.voxel_size is None else self.voxel_size[:3]
@@ -156,7 +176,9 @@ class Target:
             x, y, z = self.dims[:3]
         return resized(image, (x, y, z), sizes, as_aims=uses_aims(self.transforms))
 
-    def _dtype(self, name: str, shape: tuple[int, ...], given: np.dtype[Any]) -> np.dtype[Any]:
+    def _dtype(
+        self, name: str, shape: tuple[int, ...], given: np.dtype[Any], *, of_aims: bool
+    ) -> np.dtype[Any]:
         """The dtype of the result."""
         dtype = given.newbyteorder("=") if self.dtype is None else self.dtype
         later = () if self.dims is None else self.dims[3:]
@@ -165,9 +187,9 @@ class Target:
                 f"dims={self.dims}: {name} has the shape {shape}, and only its first three axes "
                 "are resampled: give three numbers"
             )
-        if _kind(dtype) != _kind(given):
+        if _kind(dtype) != _kind(given) or (of_aims and code_of(dtype) is None):
             raise ValueError(f"{name} holds {given} voxels, which can't be made {dtype}")
-        if self.spline > sampling.LARGEST_ORDER:
+        if self.spline > sampling.LARGEST_ORDER and not of_aims:
             raise ValueError(
                 f"resampling_order={self.spline}: with scipy it is 0 to {sampling.LARGEST_ORDER}; "
                 "6 and 7 are for volumes read by AIMS"
@@ -180,18 +202,27 @@ class Target:
         return dtype
 
     def _header(
-        self, shape: tuple[int, ...], dtype: np.dtype[Any], grid: Grid, own: Any, model: Any
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        grid: Grid,
+        own: Any,
+        model: Probe | None,
     ) -> Any:
-        """A NIfTI header for the result, with what still holds of the volume's ``own``."""
-        if own is None and model is None:
-            return None
+        """A header for the result, with what still holds of the volume's ``own``.
+
+        Of AIMS, that of the file; else one of NIfTI.
+        """
+        other = None if model is None or model.kind else model.header
+        if grid.of_aims or (own is None and other is None):
+            return own
         from .nibabel_image import moved_header, nifti_header, stored_dtype
 
         stored = stored_dtype(dtype)
         if stored is None:
             return None
         if grid.placed and (self.like is not None or self.transforms):
-            return moved_header(shape, stored, grid.affine, own, model)
+            return moved_header(shape, stored, grid.affine, own, other)
         header = nifti_header(shape, stored, grid.affine if grid.placed else None, own)
         if not grid.placed:
             header["pixdim"][1:4] = grid.voxel_size
@@ -236,15 +267,29 @@ class Resampler:
             affine=todo.affine,
             header=todo.header,
             dtype_reason=given.dtype_reason if self.target.dtype is None else "",
+            kind=f"{VOLUME}{code_of(todo.dtype)}" if given.kind else "",
         )
 
-    def read(self, path: str) -> NDArray[Any]:
+    def read(self, path: str) -> Any:
         return self.read_part(path, ())
 
-    def read_part(self, path: str, index: Index) -> NDArray[Any]:
+    def read_part(self, path: str, index: Index) -> Any:
         source = self.source.anew()
         given = source.probe()
         todo = self.target.resampling(source.name, given)
+        if given.kind:
+            volume = aims_resampling.resample(
+                source.name,
+                source.load(),
+                todo.dtype,
+                todo.in_millimetres,
+                todo.shape,
+                todo.grid.voxel_size,
+                todo.spline,
+                todo.fill,
+                todo.affine,
+            )
+            return np.asarray(volume)[index].copy(order="K") if index else volume
         index = index or (slice(None),) * len(todo.shape)
         taken = [
             range(size)[item] if isinstance(item, slice) else range(item, item + 1)

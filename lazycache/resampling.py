@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from ._aims import dtype_of
 from ._frames import location
+from .aims_resampling import LARGEST_ORDER
 from .cache import DataCache
 from .expression import ONE, FileNode, GridMode, Info, Node, Op, OpNode, describe
 from .inputs import path_of
@@ -20,13 +22,6 @@ from .readers.base import Probe
 from .resampler import Place, Resampler, Resampling, Target
 from .source import FileKey, file_key
 from .transforms import as_transforms
-
-_LARGEST_ORDER = 7  # of AIMS
-# The names that AIMS has for the types of voxels.
-_OF_AIMS = {
-    "U8": "u1", "S8": "i1", "U16": "u2", "S16": "i2", "U32": "u4", "S32": "i4", "U64": "u8",
-    "S64": "i8", "FLOAT": "f4", "DOUBLE": "f8", "CFLOAT": "c8", "CDOUBLE": "c16", "BOOL": "?",
-}  # fmt: skip
 
 
 class LazyResampleVolume(LazyReadData):
@@ -190,8 +185,8 @@ def _numbers(name: str, given: Sequence[Any], kind: type) -> tuple[Any, ...]:
 
 
 def _order(order: Any) -> int:
-    if isinstance(order, bool) or order not in range(_LARGEST_ORDER + 1):
-        raise ValueError(f"resampling_order={order!r}: give a number from 0 to {_LARGEST_ORDER}")
+    if isinstance(order, bool) or order not in range(LARGEST_ORDER + 1):
+        raise ValueError(f"resampling_order={order!r}: give a number from 0 to {LARGEST_ORDER}")
     return int(order)
 
 
@@ -204,9 +199,8 @@ def _number(value: Any) -> Any:
 
 
 def _dtype(given: Any) -> np.dtype[Any]:
-    if isinstance(given, str):
-        given = _OF_AIMS.get(given.removeprefix("Volume_"), given)
-    dtype: np.dtype[Any] = np.dtype(given)
+    of_aims = dtype_of(given) if isinstance(given, str) else None
+    dtype: np.dtype[Any] = np.dtype(given) if of_aims is None else of_aims
     if dtype.kind not in "biufcV":
         raise TypeError(f"dtype={given!r}: voxels are numbers")
     return dtype.newbyteorder("=")

@@ -29,7 +29,7 @@ _ROUNDING = 1e-9
 Shape3 = tuple[int, ...]
 
 # Bytes of coordinates and values of one voxel of a plane, at most.
-_PER_VOXEL = 160
+_PER_VOXEL = 72
 _OF_SCIPY = frozenset(map(np.dtype, ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")))
 
 LARGEST_ORDER = 5
@@ -96,7 +96,7 @@ class Sampler:
     def plane(self, number: int, out: NDArray[Any]) -> None:
         """Put the voxels [:, :, number] of the grid into ``out``, rounded if it holds integers."""
         if self._same:
-            _convert(self._volume[:, :, number], out, self._fill)
+            convert(self._volume[:, :, number], out, self._fill)
         elif self._order == 0:
             self._nearest(number, out)
         else:
@@ -113,7 +113,7 @@ class Sampler:
             inside = inside & (place >= -_ROUNDING) & (place <= size - 1 + _ROUNDING)
             nearest = np.floor(place + (0.5 + _ROUNDING)).astype(np.intp)
             places.append(nearest.clip(0, size - 1))
-        _convert(np.broadcast_to(self._volume[tuple(places)], out.shape), out, self._fill)
+        convert(np.broadcast_to(self._volume[tuple(places)], out.shape), out, self._fill)
         out[~np.broadcast_to(inside, out.shape)] = self._fill
 
     def _interpolated(self, number: int, out: NDArray[Any]) -> None:
@@ -131,7 +131,7 @@ class Sampler:
             cval=self._fill,
             prefilter=False,
         )
-        _convert(values[0].T, out, self._fill)
+        convert(values[0].T, out, self._fill)
 
 
 def _coefficients(volume: NDArray[Any], order: int) -> NDArray[np.float64]:
@@ -145,7 +145,7 @@ def _coefficients(volume: NDArray[Any], order: int) -> NDArray[np.float64]:
     return found
 
 
-def _convert(values: NDArray[Any], out: NDArray[Any], fill: float) -> None:
+def convert(values: NDArray[Any], out: NDArray[Any], fill: float) -> None:
     """``out[...] = values``: integers get the nearest one that they can hold, halves the even one.
 
     NaN becomes ``fill``. Of bool, whatever rounds to 0 is False.

@@ -305,7 +305,7 @@ class FileKey(Key):
             affine = sliced_affine(affine, index, shape)
             shape = np.broadcast_to(np.empty(()), shape)[index].shape
         nbytes = math.prod(shape) * dtype.itemsize
-        if self.part is not None and not hasattr(reader, "read_part"):
+        if self.part is not None and (probe.kind or not hasattr(reader, "read_part")):
             transient += whole
         if self.dtype is not None and self.dtype != dtype:
             if not getattr(reader, "converts", False):

@@ -39,12 +39,13 @@ class Grid(NamedTuple):
     """Voxels in space: how many along each axis, and the affine from their indices to millimetres.
 
     Where a file says nothing of space (``placed`` is False) the millimetres are the indices times
-    the size of a voxel.
+    the size of a voxel. ``of_aims`` says that AIMS read it, so that its axes are as AIMS has them.
     """
 
     shape: Shape3
     affine: Affine
     placed: bool = True
+    of_aims: bool = False
 
     @property
     def voxel_size(self) -> NDArray[Any]:
@@ -54,7 +55,8 @@ class Grid(NamedTuple):
     @property
     def backwards(self) -> NDArray[np.bool_]:
         """Which axes AIMS counts from their end."""
-        return _aims_axes(self.affine)[1] if self.placed else np.zeros(3, bool)
+        turned = self.placed and not self.of_aims
+        return _aims_axes(self.affine)[1] if turned else np.zeros(3, bool)
 
 
 def grid_of(probe: Probe, name: str) -> Grid:
@@ -63,11 +65,16 @@ def grid_of(probe: Probe, name: str) -> Grid:
         what = "no array" if probe.shape is None else f"of shape {probe.shape}"
         raise ReadError(f"{name} is {what}: only volumes of three axes or more can be resampled")
     x, y, z = probe.shape[:3]
+    of_aims = bool(probe.kind)
     if says_place(probe.affine):
-        return Grid((x, y, z), np.array(probe.affine, np.float64))
-    zooms = probe.header.get_zooms() if hasattr(probe.header, "get_zooms") else (1.0,) * 3
+        return Grid((x, y, z), np.array(probe.affine, np.float64), of_aims=of_aims)
+    zooms: Any = (1.0,) * 3
+    if of_aims:
+        zooms = probe.header["voxel_size"]
+    elif hasattr(probe.header, "get_zooms"):
+        zooms = probe.header.get_zooms()
     sizes = [float(size) if np.isfinite(size) and size > 0 else 1.0 for size in zooms[:3]]
-    return Grid((x, y, z), np.diag([*sizes, 1.0]), placed=False)
+    return Grid((x, y, z), np.diag([*sizes, 1.0]), False, of_aims)
 
 
 def resized(grid: Grid, shape: Shape3, voxel_size: Sequence[float], *, as_aims: bool) -> Grid:
@@ -79,12 +86,12 @@ def resized(grid: Grid, shape: Shape3, voxel_size: Sequence[float], *, as_aims: 
     ends = (np.array(grid.shape) - 1) - (np.array(shape) - 1) * factors
     step = np.diag([*factors, 1.0])
     step[:3, 3] = np.where(grid.backwards, ends, 0) if as_aims else 0
-    return Grid(shape, grid.affine @ step, grid.placed)
+    return Grid(shape, grid.affine @ step, grid.placed, grid.of_aims)
 
 
 def in_aims_order(grid: Grid) -> Grid:
     """The same grid with its axes in the order and the directions in which AIMS has them."""
-    if not grid.placed:
+    if grid.of_aims or not grid.placed:
         return grid
     axes, backwards = _aims_axes(grid.affine)
     turn = np.zeros((4, 4))
@@ -93,7 +100,7 @@ def in_aims_order(grid: Grid) -> Grid:
         turn[axis, place] = -1 if backwards[axis] else 1
         turn[axis, 3] = grid.shape[axis] - 1 if backwards[axis] else 0
     x, y, z = (grid.shape[axis] for axis in axes)
-    return Grid((x, y, z), grid.affine @ turn)
+    return Grid((x, y, z), grid.affine @ turn, of_aims=True)
 
 
 def aims_to_world(grid: Grid) -> Affine:
@@ -183,13 +190,11 @@ def _matrix(given: Any, *, of_aims: bool = False) -> Matrix:
     return Matrix(tuple(map(float, matrix.ravel())), of_aims)
 
 
-def combined(
-    transforms: Sequence[Transform], image: Grid, result: Grid, *, arrays_of_aims: bool = False
-) -> Affine:
+def combined(transforms: Sequence[Transform], image: Grid, result: Grid) -> Affine:
     """The matrix from the millimetres of ``image`` to those of ``result``: the last applied first.
 
-    ``arrays_of_aims`` says that matrices given as such are in the millimetres of AIMS. Raises
-    `ReadError` for a file that can't be read, ValueError for kinds that don't go together.
+    Both are those of the affines. Matrices given as such are in them, unless AIMS read the image.
+    Raises `ReadError` for a file that can't be read, ValueError for kinds that don't go together.
     """
     if not transforms:
         return np.eye(4)
@@ -199,7 +204,7 @@ def combined(
         if isinstance(transform, File):
             matrix, is_aims = _read(transform.path, image, result, alone=len(transforms) == 1)
         else:
-            matrix, is_aims = transform.array(), transform.of_aims or arrays_of_aims
+            matrix, is_aims = transform.array(), transform.of_aims or image.of_aims
         (of_aims if is_aims else world).append(matrix)
     if world and of_aims:
         raise ValueError(
