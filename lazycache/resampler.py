@@ -25,7 +25,17 @@ from ._aims import VOLUME, code_of
 from .errors import ReadError
 from .readers.base import Probe, checkpoint
 from .source import FileKey
-from .transforms import File, Grid, Transform, combined, grid_of, in_aims_order, resized, uses_aims
+from .transforms import (
+    File,
+    Grid,
+    Transform,
+    combined,
+    grid_of,
+    in_aims_order,
+    read,
+    resized,
+    uses_aims,
+)
 
 Index = tuple[int | slice, ...]
 
@@ -71,12 +81,22 @@ class Resampling(NamedTuple):
     def affine(self) -> NDArray[Any] | None:
         return self.grid.affine if self.grid.placed else None
 
-    @property
-    def in_millimetres(self) -> NDArray[Any]:
-        """From indices times voxel sizes of the source to those of the result, as AIMS counts."""
-        sizes = [np.diag([*one.voxel_size, 1.0]) for one in (self.grid, self.image)]
-        matrix: NDArray[Any] = sizes[0] @ np.linalg.inv(sizes[1] @ self.matrix)
-        return matrix
+    def of_aims(self, name: str, volume: Any) -> Any:
+        """The result of a volume of AIMS, a new one."""
+        # In AIMS's millimetres, which are indices times voxel sizes.
+        sizes = [np.diag([*one.voxel_size, 1.0]) for one in (self.image, self.grid)]
+        transform = sizes[1] @ np.linalg.inv(sizes[0] @ self.matrix)
+        return aims_resampling.resample(
+            name,
+            volume,
+            self.dtype,
+            transform,
+            self.shape,
+            self.grid.voxel_size,
+            self.spline,
+            self.fill,
+            self.affine,
+        )
 
     def sample(self, volume: NDArray[Any], taken: list[range], out: NDArray[Any]) -> None:
         """Put those voxels of the result that are ``taken`` along each axis into ``out``."""
@@ -121,8 +141,9 @@ class Target:
         """
         image = grid_of(given, name)
         model = self.like.anew().probe() if isinstance(self.like, FileKey) else None
-        grid = self._grid(name, image, model)
-        moved = combined(self.transforms, image, grid)
+        transforms = read(self.transforms)
+        grid = self._grid(name, image, model, as_aims=uses_aims(transforms))
+        moved = combined(transforms, image, grid)
         matrix = np.linalg.inv(moved @ image.affine) @ grid.affine
         assert given.shape is not None
         assert given.dtype is not None
@@ -152,7 +173,7 @@ class Target:
             (*files, *(model.files if model else ())),
         )
 
-    def _grid(self, name: str, image: Grid, model: Probe | None) -> Grid:
+    def _grid(self, name: str, image: Grid, model: Probe | None, *, as_aims: bool) -> Grid:
         """The grid of the result."""
         if self.like is not None:
             if isinstance(self.like, Place):
@@ -174,7 +195,7 @@ class Target:
             x, y, z = (max(1, math.ceil(length - 1e-3)) for length in lengths)
         else:
             x, y, z = self.dims[:3]
-        return resized(image, (x, y, z), sizes, as_aims=uses_aims(self.transforms))
+        return resized(image, (x, y, z), sizes, as_aims=as_aims)
 
     def _dtype(
         self, name: str, shape: tuple[int, ...], given: np.dtype[Any], *, of_aims: bool
@@ -278,17 +299,7 @@ class Resampler:
         given = source.probe()
         todo = self.target.resampling(source.name, given)
         if given.kind:
-            volume = aims_resampling.resample(
-                source.name,
-                source.load(),
-                todo.dtype,
-                todo.in_millimetres,
-                todo.shape,
-                todo.grid.voxel_size,
-                todo.spline,
-                todo.fill,
-                todo.affine,
-            )
+            volume = todo.of_aims(source.name, source.load())
             return np.asarray(volume)[index].copy(order="K") if index else volume
         index = index or (slice(None),) * len(todo.shape)
         taken = [

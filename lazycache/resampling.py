@@ -18,6 +18,7 @@ from .expression import ONE, FileNode, GridMode, Info, Node, Op, OpNode, describ
 from .inputs import path_of
 from .layout import Layout, dense
 from .proxy import LazyReadData
+from .readers.aims import probe_of
 from .readers.base import Probe
 from .resampler import Place, Resampler, Resampling, Target
 from .source import FileKey, file_key
@@ -122,8 +123,9 @@ class _Resample:
         [info] = infos
         layout = info.layout
         name = describe(node.operands[0])
-        if layout is None:
-            raise TypeError(f"{name} is no array: only volumes can be resampled")
+        if layout is None:  # a volume of AIMS, or what can't be resampled
+            call = _ResampleObject(self.target, name)
+            return OpNode(Op("resample", call), node.operands, ONE, None, node.location)
         nbytes, affine, header = layout.nbytes, info.affine, info.header
         given = Probe(
             name, layout.shape, layout.dtype, nbytes, nbytes, (), affine=affine, header=header
@@ -156,6 +158,20 @@ class Resampled:
         for volume in np.ndindex(*self.todo.shape[3:]):
             self.todo.sample(values[(..., *volume)], taken, out[(..., *volume)])
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class _ResampleObject:
+    """The operation on what is no array, of which nothing is known before it is there."""
+
+    target: Target
+    name: str
+
+    def __call__(self, value: Any) -> Any:
+        given = probe_of(value)
+        if given is None:
+            raise TypeError(f"{self.name} is no array: only volumes can be resampled")
+        return self.target.resampling(self.name, given).of_aims(self.name, value)
 
 
 def _place_of(like: Any) -> FileKey | Place:

@@ -12,7 +12,8 @@ kinds of millimetres are in use:
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,9 +30,6 @@ from .readers.files import check_file
 Affine = NDArray[Any]
 Shape3 = tuple[int, int, int]
 
-_NITRANSFORMS = (
-    "reading it needs nitransforms: install it (lazycache-volumes[resample]), or give the matrix"
-)
 _INSIGHT = b"#Insight Transform File"
 
 
@@ -190,35 +188,45 @@ def _matrix(given: Any, *, of_aims: bool = False) -> Matrix:
     return Matrix(tuple(map(float, matrix.ravel())), of_aims)
 
 
+def read(transforms: Sequence[Transform]) -> list[Transform]:
+    """``transforms`` with the matrices of files in their place, but for FSL's.
+
+    Raises `ReadError` for a file that can't be read.
+    """
+    return [_read(one.path) if isinstance(one, File) else one for one in transforms]
+
+
+def uses_aims(transforms: Sequence[Transform]) -> bool:
+    """Whether any of those that were `read` is in the millimetres of AIMS."""
+    return any(isinstance(one, Matrix) and one.of_aims for one in transforms)
+
+
 def combined(transforms: Sequence[Transform], image: Grid, result: Grid) -> Affine:
     """The matrix from the millimetres of ``image`` to those of ``result``: the last applied first.
 
     Both are those of the affines. Matrices given as such are in them, unless AIMS read the image.
-    Raises `ReadError` for a file that can't be read, ValueError for kinds that don't go together.
+    ``transforms`` have been `read`. Raises ValueError for kinds that don't go together.
     """
-    if not transforms:
-        return np.eye(4)
     world: list[Affine] = []
     of_aims: list[Affine] = []
-    for transform in transforms:
-        if isinstance(transform, File):
-            matrix, is_aims = _read(transform.path, image, result, alone=len(transforms) == 1)
+    for one in transforms:
+        if isinstance(one, Matrix):
+            (of_aims if one.of_aims or image.of_aims else world).append(one.array())
+        elif len(transforms) == 1:
+            world.append(_read_fsl(one.path, image, result))
         else:
-            matrix, is_aims = transform.array(), transform.of_aims or image.of_aims
-        (of_aims if is_aims else world).append(matrix)
+            raise ValueError(
+                f"{one.path}: FSL's matrices hold between two given images, and can't be combined "
+                "in a list; give it alone, or the matrices"
+            )
     if world and of_aims:
         raise ValueError(
             "transform= mixes transformations of AIMS (.trm) with matrices or files in the "
             "millimetres of the headers: convert them to one kind"
         )
-    if world:
+    if not of_aims:
         return _product(world)
     return aims_to_world(result) @ _product(of_aims) @ np.linalg.inv(aims_to_world(image))
-
-
-def uses_aims(transforms: Sequence[Transform]) -> bool:
-    """Whether any of them is in the millimetres of AIMS, by its type or the name of its file."""
-    return any(one.of_aims if isinstance(one, Matrix) else _is_trm(one.path) for one in transforms)
 
 
 def _product(matrices: Sequence[Affine]) -> Affine:
@@ -228,39 +236,22 @@ def _product(matrices: Sequence[Affine]) -> Affine:
     return product
 
 
-def _read(path: str, image: Grid, result: Grid, *, alone: bool) -> tuple[Affine, bool]:
-    """The matrix in a file from input to output, and whether it is in millimetres of AIMS."""
+def _read(path: str) -> Transform:
+    """The matrix in a file; the file itself where that needs to know the two images."""
     check_file(path)
-    if _is_trm(path):
-        return _read_trm(path), True
     content = Path(path).read_bytes()
-    try:
-        if content.startswith(_INSIGHT):
-            return np.linalg.inv(_read_itk(path)), False
-        if not path.lower().endswith(".mat"):
-            raise ReadError(
-                f"{path}: expected AIMS's .trm, ITK's text (it begins with '#Insight') or a .mat "
-                "of ITK or FSL; read it yourself and give the 4x4 matrix"
-            )
-        numbers = _numbers(content)
-        if numbers is None:
-            return np.linalg.inv(_read_itk(path)), False
-        if not alone:
-            raise ValueError(
-                f"{path}: FSL's matrices hold between two given images, and can't be combined in "
-                "a list; give it alone, or the matrices"
-            )
-        return np.linalg.inv(_read_fsl(path, image, result)), False
-    except ImportError as error:
-        raise ReadError(f"{path}: {_NITRANSFORMS}") from error
-    except (ReadError, ValueError):
-        raise
-    except Exception as error:
-        raise ReadError(f"{path}: this affine transformation can't be read ({error})") from error
-
-
-def _is_trm(path: str) -> bool:
-    return path.lower().endswith(".trm")
+    numbers = _numbers(content)
+    if path.lower().endswith(".trm") or (numbers is not None and len(numbers) == 12):
+        return _trm(path, numbers)
+    if path.lower().endswith(".mat") and numbers is not None:
+        return File(path)
+    if not path.lower().endswith(".mat") and not content.startswith(_INSIGHT):
+        raise ReadError(
+            f"{path}: expected AIMS's .trm, ITK's text (it begins with '#Insight') or a .mat of "
+            "ITK or FSL; read it yourself and give the 4x4 matrix"
+        )
+    with _told(path):
+        return _matrix(np.linalg.inv(_from_itk(path)))
 
 
 def _numbers(content: bytes) -> list[float] | None:
@@ -270,8 +261,7 @@ def _numbers(content: bytes) -> list[float] | None:
         return None
 
 
-def _read_trm(path: str) -> Affine:
-    numbers = _numbers(Path(path).read_bytes())
+def _trm(path: str, numbers: list[float] | None) -> Matrix:
     if numbers is None or len(numbers) != 12:
         raise ReadError(
             f"{path}: expected the 12 numbers of a .trm file, a translation and then three rows of "
@@ -280,20 +270,36 @@ def _read_trm(path: str) -> Affine:
     matrix = np.eye(4)
     matrix[:3, 3] = numbers[:3]
     matrix[:3, :3] = np.reshape(numbers[3:], (3, 3))
-    return _matrix(matrix).array()
+    with _told(path):
+        return _matrix(matrix, of_aims=True)
 
 
-def _read_itk(path: str) -> Affine:
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """One error for all that can be wrong with a file."""
+    try:
+        yield
+    except ImportError as error:
+        raise ReadError(
+            f"{path}: reading it needs nitransforms: install it (lazycache-volumes[resample]), or "
+            "give the 4x4 matrix"
+        ) from error
+    except Exception as error:
+        raise ReadError(f"{path}: this affine transformation can't be read ({error})") from error
+
+
+def _from_itk(path: str) -> Affine:
     from nitransforms.io.itk import ITKLinearTransform
 
     return np.asarray(ITKLinearTransform.from_filename(path).to_ras(), np.float64)
 
 
 def _read_fsl(path: str, image: Grid, result: Grid) -> Affine:
-    from nitransforms.io.fsl import FSLLinearTransform
-
     moving, reference = (
         SimpleNamespace(shape=grid.shape, affine=grid.affine) for grid in (image, result)
     )
-    transform = FSLLinearTransform.from_filename(path)
-    return np.asarray(transform.to_ras(moving=moving, reference=reference), np.float64)
+    with _told(path):
+        from nitransforms.io.fsl import FSLLinearTransform
+
+        transform = FSLLinearTransform.from_filename(path)
+        return np.linalg.inv(transform.to_ras(moving=moving, reference=reference))
