@@ -18,6 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from . import _buffers
 from . import operations as ops
 from ._frames import location
+from ._volumes import array_of
 from .express import (
     Expressible,
     called,
@@ -203,6 +204,8 @@ class ArrayLike(Expressible):
     def __len__(self) -> int:
         if not self._is_array():
             return len(self.data)
+        if self._kind():
+            raise TypeError(f"object of type {self._kind()!r} has no len()")
         shape = self.shape
         if not shape:
             raise TypeError("len() of unsized object")
@@ -211,7 +214,7 @@ class ArrayLike(Expressible):
     def __iter__(self) -> Iterator[Any]:
         if not self._is_array():
             return iter(self.data)
-        count = len(self)
+        count = self.shape[0] if self.shape else len(self)
         return (self[position] for position in range(count))
 
     def __contains__(self, item: Any) -> bool:
@@ -243,7 +246,7 @@ class ArrayLike(Expressible):
     # NumPy's protocols
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        array = np.asarray(self.data)
+        array = np.asarray(array_of(self.data))
         if dtype is not None and array.dtype != np.dtype(dtype):
             if copy is False:
                 raise ValueError("the data have another dtype: they can't be had without a copy")

@@ -301,6 +301,7 @@ class FileKey(Key):
             peak_nbytes=nbytes + transient,
             affine=affine,
             dtype_reason=reason,
+            kind=probe.kind if self.part is None else "",  # parts are arrays
         )
 
     def _check(self, known: _Known) -> None:
