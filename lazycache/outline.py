@@ -317,7 +317,8 @@ def file_info(key: FileKey) -> Info:
     known = not probe.kind or is_known(probe.kind)
     if probe.shape is not None and probe.dtype is not None and known:
         layout = dense(probe.shape, probe.dtype, probe.order, probe.kind)
-    return Info(layout, probe.affine, probe.header, key.path)
+    # Of an object the header is what its own method gives.
+    return Info(layout, probe.affine, None if probe.kind else probe.header, key.path)
 
 
 def probe_all(files: Iterable[FileNode]) -> None:

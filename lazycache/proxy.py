@@ -16,8 +16,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
+from . import _aims, execute
 from . import cache as caches
-from . import execute
 from ._buffers import LARGE
 from ._volumes import kind_of
 from .arraylike import ArrayLike
@@ -36,6 +36,7 @@ from .expression import (
 from .inputs import path_of, value_node
 from .layout import layout_of
 from .outline import file_info
+from .readers import named
 from .recipe import pack, unpack
 from .saving import ImageFile, check_files, save
 from .sizes import nbytes_of
@@ -108,6 +109,7 @@ class LazyReadData(ArrayLike):
         options = {**(read_options or {}), **kwargs}
         if allocator_context is not None:
             options["allocator_context"] = allocator_context
+        self.reader = reader = named(reader, path, options, dtype)
         if _overridden(type(self)):
             reader, options = _Override(type(self), self.__dict__), {}
         key = file_key(path, reader, options, dtype)
@@ -267,7 +269,10 @@ class LazyReadData(ArrayLike):
     def header(self) -> Any:
         """A copy of the header of the file, or of the first operand that has one."""
         info = self._info()
-        own = None if info.header is not None or info.layout is not None else self.data
+        told = info.layout is not None and not info.layout.kind
+        own = None if info.header is not None or told else self.data
+        if own is not None and _aims.kind_of(own):
+            return _aims.attribute(own, "header")
         return copy.deepcopy(info.header if own is None else getattr(own, "header", None))
 
     def _told(self, name: str) -> Any:
@@ -318,7 +323,8 @@ class LazyReadData(ArrayLike):
         if hasattr(type(self), name):
             # Python asks here when a property raised an AttributeError, which it dropped.
             raise AttributeError(f"{name!r} of {self!r} can't be had")
-        return getattr(self.data, name)
+        data = self.data
+        return _aims.attribute(data, name) if _aims.kind_of(data) else getattr(data, name)
 
     def __repr__(self) -> str:
         node = self._node
