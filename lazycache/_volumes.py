@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from . import _aims
 
@@ -47,11 +47,15 @@ def array_of(value: Any) -> Any:
     return _aims.readonly_view(np.asarray(value), value) if kind_of(value) else value
 
 
-def make(array: NDArray[Any]) -> Any:
-    """A new volume with the values of ``array``, which has four axes or more."""
-    volume = importlib.import_module("soma.aims").Volume
-    # The first shares memory with the array, and even its results would.
-    return volume(volume(array))
+def make(array: NDArray[Any], dtype: DTypeLike | None = None) -> Any:
+    """A new volume with the values of ``array``, which has four axes or more, as ``dtype``.
+
+    Its memory is its own: results of one made over an array would overwrite that.
+    """
+    code = _aims.code_of(array.dtype if dtype is None else np.dtype(dtype))
+    volume = importlib.import_module("soma.aims").Volume(list(array.shape), dtype=code)
+    np.copyto(np.asarray(volume), array, casting="unsafe")
+    return volume
 
 
 def copy(volume: Any) -> Any:
@@ -61,7 +65,8 @@ def copy(volume: Any) -> Any:
 
 def header_only(volume: Any, **_: Any) -> Any:
     """A volume of one voxel with the header of ``volume``."""
-    blank = make(np.zeros((1,) * np.asarray(volume).ndim, np.asarray(volume).dtype))
+    array = np.asarray(volume)
+    blank = make(np.zeros((1,) * array.ndim, array.dtype))
     blank.copyHeaderFrom(volume.header())
     return blank
 
@@ -72,11 +77,12 @@ def with_header(array: NDArray[Any], blank: Any) -> Any:
     AIMS has no operators for volumes of 64-bit integers and half floats: they become float64 and
     float32.
     """
-    if array.dtype.kind in "iu" and array.dtype.itemsize > 4:
-        array = array.astype(np.float64)
-    elif array.dtype == np.float16:
-        array = array.astype(np.float32)
-    volume = make(array)
+    dtype = array.dtype
+    if dtype.kind in "iu" and dtype.itemsize > 4:
+        dtype = np.dtype(np.float64)
+    elif dtype == np.float16:
+        dtype = np.dtype(np.float32)
+    volume = make(array, dtype)
     volume.copyHeaderFrom(blank.header())
     return volume
 

@@ -99,6 +99,11 @@ def check_shapes(node: OpNode, infos: Sequence[Info]) -> None:
     )
 
 
+def _steps(layout: Layout) -> list[int]:
+    """The strides that say in which order the axes lie: those of one element say nothing."""
+    return [step for step, size in zip(layout.strides, layout.shape, strict=True) if size > 1]
+
+
 class _Chain:
     """The operands of a fold, and the types that NumPy's reduction of their stack would have."""
 
@@ -129,7 +134,7 @@ class _Chain:
             return None
         for order in ("K", "C", "F"):
             start = infer(ops.COPY, ONE, {"order": order}, [first._replace(dtype=result.dtype)])
-            if start is not None and start.strides == result.strides:
+            if start is not None and _steps(start) == _steps(result):
                 return cls(node, stack, result, order)
         return None
 

@@ -77,20 +77,20 @@ def _try_over(
 ) -> bool:
     bits = np.random.default_rng(0)
     operands = []
-    for layout in layouts:
-        if layout.scalar or not layout.shape or layout.dtype.kind not in "iufc":
-            return False
-        count = math.prod(_TRIED) * layout.dtype.itemsize
-        values = bits.integers(0, 256, count, np.uint8).view(layout.dtype).reshape(_TRIED)
-        # Integers are never divided by these; which NaN comes out is nobody's concern.
-        values[np.isin(values, (0, -1)) | np.isnan(values)] = 1
-        operands.append(_volumes.make(values) if layout.kind else values)
     with np.errstate(all="ignore"):
+        for layout in layouts:
+            if layout.scalar or not layout.shape or layout.dtype.kind not in "iufc":
+                return False
+            count = math.prod(_TRIED) * layout.dtype.itemsize
+            values = bits.integers(0, 256, count, np.uint8).view(layout.dtype).reshape(_TRIED)
+            # Integers are never divided by these; which NaN comes out is nobody's concern.
+            values[np.isin(values, (0, -1)) | np.isnan(values)] = 1
+            operands.append(_volumes.make(values) if layout.kind else values)
         expected = op.call(*fill(args, operands))
         found = over(*fill(args, operands))
-    if found is not operands[0] or kind_of(found) != kind_of(expected):
-        return False
-    pair = [np.array(np.asarray(volume)) for volume in (expected, found)]
-    for values in pair:
-        values[np.isnan(values)] = 0
-    return pair[0].tobytes() == pair[1].tobytes()
+        if found is not operands[0] or kind_of(found) != kind_of(expected):
+            return False
+        pair = [np.array(np.asarray(volume)) for volume in (expected, found)]
+        for values in pair:
+            values[np.isnan(values)] = 0
+        return pair[0].tobytes() == pair[1].tobytes()
