@@ -8,6 +8,7 @@ functions with ``out=``, and any function that isn't known here.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
@@ -237,7 +238,7 @@ class ArrayLike(Expressible):
         return complex(self.data)
 
     def __index__(self) -> int:
-        return self.data.__index__()  # type: ignore[no-any-return]
+        return operator.index(self.data)
 
     def __round__(self, ndigits: int | None = None) -> Any:
         return round(self.data, ndigits)
