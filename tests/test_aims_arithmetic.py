@@ -27,6 +27,7 @@ from lazycache import (
     LazyReadData,
     ReadError,
     ShapeMismatchError,
+    planning,
 )
 
 SHAPE = (3, 2, 2, 1)
@@ -435,6 +436,61 @@ def test_a_temporary_is_written_over_only_where_that_is_the_same(
         same(((a + b) * 1.25).data, (folder.plain(a) + folder.plain(b)) * 1.25)
 
 
+def test_temporaries_are_written_over(
+    folder: Folder, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of the stand-in: the methods of the real types can't be replaced.
+    kind = stand_in.Volume_FLOAT
+    calls: list[str] = []
+
+    def counted(name: str) -> Any:
+        plain = getattr(kind, name)
+
+        def method(self: Any, *other: Any) -> Any:
+            if self.shape == (8, 8, 8, 1):
+                calls.append(name)
+            return plain(self, *other)
+
+        return method
+
+    for name in ("__add__", "__radd__", "__iadd__", "__imul__", "__mul__", "__neg__"):
+        monkeypatch.setattr(kind, name, counted(name))
+    files = [folder.write(counting("float32", (8, 8, 8, 1))) for _ in range(4)]
+    _ = sum(map(LazyReadData, files)).data
+    assert calls == ["__radd__", "__iadd__", "__iadd__", "__iadd__"]
+    calls.clear()
+    a, b, c, d = map(LazyReadData, files)
+    product = a + b
+    _ = ((product + c) * (product + d) * 2.5).data
+    assert calls == ["__add__", "__add__", "__iadd__", "__imul__", "__imul__"]
+    calls.clear()
+    lazy = LazyReadData(a)
+    lazy += b
+    lazy *= c
+    _ = (-(lazy + d)).data
+    assert calls == ["__iadd__", "__imul__", "__iadd__", "__neg__"]
+
+
+def test_what_can_not_be_written_over_is_reserved(folder: Folder) -> None:
+    shape = (32, 32, 32, 1)
+    nbytes = 4 * 32**3
+    a, b, c = (folder.proxy(counting("float32", shape)) for _ in range(3))
+
+    def volumes(expression: Any) -> int:
+        return round(lc.explain(expression).min_budget / nbytes)
+
+    # The operands of the product, itself, and the difference in its place if it is on the left.
+    assert volumes((b * c) - a) == 3
+    assert volumes(a - (b * c)) == 4
+    assert volumes(-(b * c)) == 4
+    assert volumes(a * 2) == 2
+    # These are copied: what AIMS gives lies in the memory of an array.
+    assert volumes(a // 2) == volumes(a**2) == 3
+    changed = LazyReadData(a)
+    changed += b
+    assert volumes(changed) == 3
+
+
 def test_a_sum_of_integers_that_wraps_is_told(folder: Folder) -> None:
     volumes = [folder.proxy(np.full(SHAPE, 20000, "int16")) for _ in range(2)]
     with pytest.warns(IntegerWrapWarning, match="int16"):
@@ -567,7 +623,11 @@ def test_several_percentiles_and_reductions_along_an_axis_are_arrays(folder: Fol
     assert lc.std(proxies[0]).data == values[0].std()
 
 
-def test_a_mean_reads_each_file_once_in_three_volumes(folder: Folder) -> None:
+@pytest.mark.parametrize("few", [0, 4096])
+def test_a_mean_reads_each_file_once_in_three_volumes(
+    folder: Folder, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "_FEW", few)  # of more steps no other order is tried
     shape = (64, 64, 32, 1)
     nbytes = 4 * 64 * 64 * 32
     files = [folder.write(np.full(shape, n, np.float32)) for n in range(12)]
