@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,22 @@ def layout_of(value: Any) -> Layout | None:
     return None
 
 
+def lies(value: Any, layout: Layout | None) -> bool:
+    """Whether ``value`` is an array, NumPy scalar or volume of this very layout."""
+    if layout is None:
+        return False
+    if type(value) is np.ndarray:
+        return (
+            value.dtype == layout.dtype
+            and value.shape == layout.shape
+            and value.strides == layout.strides
+            and not layout.scalar
+            and not layout.kind
+        )
+    return layout_of(value) == layout
+
+
+@lru_cache(maxsize=1024)
 def dense(shape: Shape, dtype: np.dtype[Any], order: str = "C", kind: str = "") -> Layout:
     """The layout of a C- or Fortran-ordered array without gaps, or of a volume."""
     axes = range(len(shape)) if order == "C" else range(len(shape) - 1, -1, -1)
@@ -157,6 +174,8 @@ def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | 
     count = math.prod(operand.shape)
     if name.startswith("nan"):
         return 2 * operand.nbytes + count
+    if name == "mean" and operand.dtype == result.dtype == np.float16:  # added up in float32
+        return 2 * result.nbytes
     if name in ("var", "std"):
         return count * max(result.dtype.itemsize, operand.dtype.itemsize)
     if name in ("median", "percentile", "quantile"):

@@ -86,8 +86,11 @@ def _try_over(
             # Integers are never divided by these; which NaN comes out is nobody's concern.
             values[np.isin(values, (0, -1)) | np.isnan(values)] = 1
             operands.append(_volumes.make(values) if layout.kind else values)
-        expected = op.call(*fill(args, operands))
-        found = over(*fill(args, operands))
+        try:
+            expected = op.call(*fill(args, operands))
+            found = over(*fill(args, operands))
+        except Exception:  # it takes other values only, or isn't there
+            return False
         if found is not operands[0] or kind_of(found) != kind_of(expected):
             return False
         pair = [np.array(np.asarray(volume)) for volume in (expected, found)]
