@@ -8,6 +8,7 @@ functions with ``out=``, and any function that isn't known here.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from . import _aims, _buffers
 from . import operations as ops
 from ._frames import location
+from ._volumes import array_of
 from .express import (
     Expressible,
     called,
@@ -204,6 +206,8 @@ class ArrayLike(Expressible):
     def __len__(self) -> int:
         if not self._is_array():
             return len(self.data)
+        if self._kind():
+            raise TypeError(f"object of type {self._kind()!r} has no len()")
         shape = self.shape
         if not shape:
             raise TypeError("len() of unsized object")
@@ -213,7 +217,7 @@ class ArrayLike(Expressible):
         if not self._is_array():
             data = self.data
             return (_aims.part(data, item) for item in data)
-        count = len(self)
+        count = self.shape[0] if self.shape else len(self)
         return (self[position] for position in range(count))
 
     def __contains__(self, item: Any) -> bool:
@@ -234,7 +238,7 @@ class ArrayLike(Expressible):
         return complex(self.data)
 
     def __index__(self) -> int:
-        return self.data.__index__()  # type: ignore[no-any-return]
+        return operator.index(self.data)
 
     def __round__(self, ndigits: int | None = None) -> Any:
         return round(self.data, ndigits)
@@ -245,8 +249,7 @@ class ArrayLike(Expressible):
     # NumPy's protocols
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        data = self.data
-        array: NDArray[Any] = _aims.part(data, np.asarray(data))
+        array: NDArray[Any] = np.asarray(array_of(self.data))
         if dtype is not None and array.dtype != np.dtype(dtype):
             if copy is False:
                 raise ValueError("the data have another dtype: they can't be had without a copy")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ._buffers import LARGE, let_go, owner_of
 from ._tasks import Threads, end_all
+from ._volumes import array_of, kind_of
 from .cache import DataCache
 from .expression import (
     FileNode,
@@ -38,6 +39,7 @@ from .planning import Planner
 from .program import Stage
 from .source import Key, Result
 from .streaming import BlockRun, Sink
+from .volume_operators import apply_own
 from .wrapping import Bounds
 
 if TYPE_CHECKING:
@@ -320,6 +322,13 @@ class _Run:
                 value[(..., *[None] * more)] if more else value
                 for value, more in zip(inputs, self.outline.aligned[step], strict=True)
             ]
+        if any(map(kind_of, values)):
+            result = self._foretold(step, operands, values)
+            if op.own and (op.into is None or result is None or result.kind):
+                last = self._last_of_its_own(operands[0], operands)
+                return apply_own(step, values, last, result)
+            # Anything else, and what operators leave to arrays, is NumPy's.
+            values = [array_of(value) for value in values]
         if op.family in ("inplace", "assign"):
             if type(values[0]) is np.ndarray and not self._last_of_its_own(operands[0], operands):
                 values = [copy_of(values[0]), *values[1:]]
@@ -336,6 +345,17 @@ class _Run:
             return copy_of(value) if 2 * value.nbytes < values[0].nbytes else value
         return value
 
+    def _foretold(self, step: OpNode, operands: Sequence[Node], values: list[Any]) -> Any:
+        """The layout of what a step gives for ``values``; as planned if they are as planned."""
+        info = self.outline.info
+        if all(map(lies, values, [info[node].layout for node in operands])):
+            return info[step].layout
+        layouts = [layout_of(value) for value in values]
+        known = [layout for layout in layouts if layout is not None]
+        if len(known) < len(layouts):
+            return None
+        return infer(step.op, step.args, dict(step.kwargs or {}), known)
+
     def _out(
         self, step: OpNode, operands: Sequence[Node], values: list[Any]
     ) -> NDArray[Any] | None:
@@ -347,19 +367,11 @@ class _Run:
         ]
         if not spare and sum(getattr(value, "nbytes", LARGE) for value in values) * 8 < LARGE:
             return None
-        info = self.outline.info
-        if all(map(lies, values, [info[node].layout for node in operands])):
-            result = info[step].layout
-        else:
-            layouts = [layout_of(value) for value in values]
-            known = [layout for layout in layouts if layout is not None]
-            if len(known) < len(layouts):
-                return None
-            result = infer(step.op, step.args, dict(step.kwargs or {}), known)
+        result = self._foretold(step, operands, values)
         if result is None or result.scalar or not result.shape:
             return None
         for value in spare:
-            if lies(value, result):
+            if lies(value, result) and value.flags.writeable:
                 return value  # type: ignore[no-any-return]
         return result.empty() if result.nbytes >= LARGE else None
 
@@ -379,7 +391,7 @@ class _Run:
         same = [n for n, data in zip(operands, inputs, strict=True) if data is value]
         # A view may be the very array that it is of: of no axis too long, say.
         reused = step.op.family != "view" and not self.own.isdisjoint(same)
-        if reused and type(value) is np.ndarray:
+        if reused and (type(value) is np.ndarray or kind_of(value)):
             self.own.add(step)
         else:
             self._borrow(step, operands, inputs, value, keys)
@@ -403,7 +415,7 @@ class _Run:
         lenders = [
             node for node, data in zip(operands, inputs, strict=True) if owner_of(data) is owner
         ]
-        if type(value) is np.ndarray and not lenders:
+        if (type(value) is np.ndarray or kind_of(value)) and not lenders:
             self.own.add(step)
         loans: list[_Loan] = []
         for node in lenders:

@@ -9,6 +9,7 @@ from .expression import OpNode
 from .layout import Layout, transient
 from .outline import Case, Outline
 from .spaces import Way, period, way
+from .volume_operators import gives_same_over
 
 # Smaller operands are done at once: going by blocks has its price too. In bytes.
 _WORTH_IT = 1 << 18
@@ -66,6 +67,10 @@ def _heirs(step: OpNode, own: Sequence[Layout | None], result: Layout | None) ->
         return ()
     if family == "view":
         return (0,) if own[0] is not None and 2 * result.nbytes >= own[0].nbytes else ()
+    if result.kind:  # of volumes of AIMS only the left one is written over
+        if own[0] != result:
+            return ()
+        return (0,) if family in ("inplace", "assign") or gives_same_over(step, own) else ()
     if family in ("inplace", "assign"):
         return (0,)
     return tuple(

@@ -24,6 +24,7 @@ import numpy as np
 from . import operations as ops
 from ._frames import warn
 from ._parts import sliced_affine
+from ._volumes import is_known
 from .axes import along_slowest
 from .errors import (
     FileChangedError,
@@ -223,7 +224,10 @@ class Outline:
         if not node.operands:
             return None
         data = self.info[node.operands[0]].layout
-        return None if data is None else along_slowest(node, data)
+        # Of all of a volume of AIMS it may be a method of its own.
+        if data is None or (data.kind and (node.kwargs or {}).get("axis") is None):
+            return None
+        return along_slowest(node, data)
 
     def _expand(self, node: OpNode) -> Node:
         infos = [self.info[operand] for operand in node.operands]
@@ -282,7 +286,9 @@ class Outline:
         more = tuple(
             len(shape) - ndim for shape, ndim in zip(aligned_shapes(placed), ndims, strict=True)
         )
-        return more if any(more) else ()
+        extended = [info for info, extra in zip(infos, more, strict=True) if extra]
+        # Volumes of AIMS have no other axes put behind their own.
+        return more if extended and not any(info.layout.kind for info in extended) else ()
 
     def _compare_grids(self, node: OpNode, infos: list[Info]) -> None:
         if node.grid == "ignore":
@@ -341,8 +347,9 @@ def file_info(key: FileKey) -> Info:
     """What the header of a file tells; raises what probing raises."""
     probe = key.probe()
     layout = None
-    if probe.shape is not None and probe.dtype is not None and not probe.kind:
-        layout = dense(probe.shape, probe.dtype, probe.order)
+    known = not probe.kind or is_known(probe.kind)
+    if probe.shape is not None and probe.dtype is not None and known:
+        layout = dense(probe.shape, probe.dtype, probe.order, probe.kind)
     # Of an object the header is what its own method gives.
     return Info(layout, probe.affine, None if probe.kind else probe.header, key.title)
 

@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike
 from . import _aims, execute
 from . import cache as caches
 from ._buffers import LARGE
+from ._volumes import kind_of
 from .arraylike import ArrayLike
 from .cache import DataCache
 from .expression import (
@@ -268,7 +269,8 @@ class LazyReadData(ArrayLike):
     def header(self) -> Any:
         """A copy of the header of the file, or of the first operand that has one."""
         info = self._info()
-        own = None if info.header is not None or info.layout is not None else self.data
+        told = info.layout is not None and not info.layout.kind
+        own = None if info.header is not None or told else self.data
         if own is not None and _aims.kind_of(own):
             return _aims.attribute(own, "header")
         return copy.deepcopy(info.header if own is None else getattr(own, "header", None))
@@ -331,7 +333,9 @@ class LazyReadData(ArrayLike):
             return f"<{type(self).__name__} {node.key.name!r}, {state}>"
         if isinstance(node, ValueNode):
             layout = layout_of(node.value)
-            kind = type(node.value).__name__ if layout is None else f"{layout.dtype} {layout.shape}"
+            kind = type(node.value).__name__
+            if layout is not None:
+                kind = f"{layout.kind or layout.dtype} {layout.shape}"
             return f"<{type(self).__name__} of {kind} in memory>"
         state = "computed" if self.loaded() else "not computed"
         return f"<{type(self).__name__} of {describe(node)}, {state}>"
@@ -389,7 +393,9 @@ class LazyReadData(ArrayLike):
         Small ones from when it is computed: to charge one costs more than to make it.
         """
         for part in (node, *node.operands):
-            if isinstance(part, ValueNode) and getattr(part.value, "nbytes", 0) >= LARGE:
+            if isinstance(part, ValueNode) and (
+                getattr(part.value, "nbytes", 0) >= LARGE or kind_of(part.value)
+            ):
                 execute.adopt(part, self._use())
         return node
 
@@ -410,7 +416,11 @@ class LazyReadData(ArrayLike):
     def _is_array(self) -> bool:
         if self._info().layout is not None:
             return True
-        return isinstance(self.data, np.ndarray | np.generic)
+        return layout_of(self.data) is not None
+
+    def _kind(self) -> str:
+        layout = self._info().layout
+        return "" if layout is None else layout.kind
 
     def _use(self) -> DataCache:
         return caches.cache_for(self._cache, self._made_in)
