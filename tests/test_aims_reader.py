@@ -207,6 +207,16 @@ def test_truncated_files_are_refused_before_aims_reads_them(
             lc.load(tmp_path / name, reader="aims").data
 
 
+def test_a_dim_that_aims_would_never_come_to_the_end_of_is_refused(
+    aims: Any, tmp_path: Path
+) -> None:
+    path = big(aims, tmp_path / "a.ima")
+    dim = tmp_path / "a.dim"
+    dim.write_text(dim.read_text().rstrip())
+    with pytest.raises(lc.TruncatedFileError, match=r"a\.dim"):
+        lc.load(path).data
+
+
 @pytest.mark.parametrize("make", [graph_file, bucket_file])
 def test_truncated_graphs_and_buckets_are_refused(aims: Any, tmp_path: Path, make: Any) -> None:
     path = Path(make(tmp_path))

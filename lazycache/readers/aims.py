@@ -151,16 +151,18 @@ class AimsReader:
             if request.allocmode is not None:
                 reader.allocmode = request.allocmode
         arguments = dict(request.arguments)
-        if request.dtype is not None:
+        if _converts_in_reading(probe.header, probe.kind.removeprefix(VOLUME), request.dtype):
             arguments["dtype"] = probe.kind
         with _noise() as noise:
             try:
                 value = reader.read(request.path, **arguments)
+                checkpoint()
+                if request.dtype is not None and type(value).__name__ != probe.kind:
+                    value = value.astype(probe.kind)
             except MemoryError:
                 raise
             except Exception as error:
                 raise _failure(request.file, error, noise()) from error
-        checkpoint()
         return value
 
     def _look(self, request: _Request) -> Probe:
@@ -276,19 +278,23 @@ def _volume(request: _Request, found: _Found) -> Probe:
     item = itemsize_of(code) or 8
     border = 2 * max(0, request.part.get("border", 0))
     voxels = math.prod(size + border * (axis < 3) for axis, size in enumerate(shape))
-    nbytes = voxels * item
+    nbytes = native = voxels * item
+    if request.dtype is not None and not _converts_in_reading(header, code, request.dtype):
+        native = voxels * (itemsize_of(found.data) or 8)
     disk = str(header.get("disk_data_type", found.data))
     item_on_disk = int(header.get("bits_allocated", 8 * (itemsize_of(disk) or 8))) // 8
     stored = math.prod(whole) * item_on_disk
     files: tuple[str, ...] = ()
     if found.format == "GIS":
         files = aims_files.gis(path, header, stored)
-        peak = nbytes + nbytes // 20 + (stored if code != found.data else 0)
+        peak = native + native // 20
     else:
         if path.lower().endswith(".nii"):
             aims_files.nifti(path, stored)
         # All that is on the disk, uncompressed, beside the data.
-        peak = nbytes + nbytes // 100 + stored
+        peak = native + native // 100 + stored
+    if code != found.data:
+        peak = max(peak, native + nbytes)
     reason = ""
     if request.dtype is not None and code != found.data:
         reason = "asked for"
@@ -306,6 +312,11 @@ def _volume(request: _Request, found: _Found) -> Probe:
         dtype_reason=reason,
         kind=VOLUME + code,
     )
+
+
+def _converts_in_reading(header: dict[str, Any], code: str, asked: Any) -> bool:
+    """Whether the format is one of the few that convert while they are read."""
+    return asked is not None and code in header.get("possible_data_types", ())
 
 
 def _part(request: _Request, whole: tuple[int, ...]) -> tuple[tuple[int, ...], list[int]]:

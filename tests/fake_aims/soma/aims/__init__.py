@@ -120,6 +120,9 @@ class Reader:
             known = {f"Volume_{code}" for code in _volumes.DTYPES}
             if dtype not in known or finder.objectType() != "Volume":
                 raise OSError(f"Unsupported object type: {dtype}")
+            possible = fields.get("possible_data_types", [finder.dataType()])
+            if dtype.removeprefix("Volume_") not in possible:
+                raise unknown(f"{path} is not of {dtype}")
         read = _formats.FORMATS[finder.format()].read
         if finder.objectType() != "Volume":
             if partial or frame >= 0:

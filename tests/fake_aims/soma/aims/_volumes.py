@@ -127,6 +127,20 @@ class VolumeBase:
     def __setitem__(self, index: Any, value: Any) -> None:
         np.asarray(self)[index] = value
 
+    def astype(self, dtype: Any, copy: bool = False) -> VolumeBase:
+        code = code_of(dtype)
+        if code == self.code and not copy:
+            return self
+        if code not in _RANKS:
+            raise TypeError(f"No conversion to type Volume_{code}")
+        values = self._memory
+        if values.dtype.kind == "f" and code in ("S16", "S32"):  # U8 cuts off
+            values = np.rint(values)
+        result = TYPES[code](self.shape)
+        result._memory[...] = _as(values, DTYPES[code])
+        result._fields = {**fields_of(self.header()), "data_type": code}
+        return result
+
     def max(self) -> Any:
         return self._memory.max().item()
 
@@ -359,13 +373,8 @@ def _whole(
     return forward, in_place
 
 
-def _plain(other: Any) -> Any:
-    """Integers of NumPy count as Python's: recorded of ``U8 // np.int16(2)``, which is U8."""
-    return int(other) if isinstance(other, np.integer) else other
-
-
 def _pow(self: VolumeBase, other: Any, modulo: Any = None) -> VolumeBase:
-    return self._through_numpy(np.asarray(self).__pow__(_plain(other), modulo))
+    return self._through_numpy(np.asarray(self).__pow__(other, modulo))
 
 
 def _ipow(self: VolumeBase, other: Any) -> VolumeBase:
@@ -375,7 +384,7 @@ def _ipow(self: VolumeBase, other: Any) -> VolumeBase:
 
 
 def _floordiv(self: VolumeBase, other: Any) -> VolumeBase:
-    return self._through_numpy(np.asarray(self).__floordiv__(_plain(other)))
+    return self._through_numpy(np.asarray(self).__floordiv__(other))
 
 
 def _ifloordiv(self: VolumeBase, other: Any) -> VolumeBase:
