@@ -787,6 +787,8 @@ def test_what_is_in_memory_or_computed_is_resampled_when_it_is_asked_for(
     assert pickle.loads(pickle.dumps(LazyResampleVolume(twice, like=fixed))).shape == wanted.shape
     splines = LazyResampleVolume(held, like=fixed, resampling_order=3)
     assert lc.explain(splines).min_budget >= splines.nbytes + values.nbytes + 8 * values.size
+    nearest = LazyResampleVolume(held, like=fixed, resampling_order=0)
+    assert lc.explain(nearest).min_budget <= nearest.nbytes + values.nbytes + 80 * 16 * 21
     array = LazyResampleVolume(values, dims=(10, 11, 9), vox_size=(2, 2, 2))
     assert np.array_equal(array.data, values[::2, ::2, ::2])
     with pytest.raises(TypeError, match="no array"):
