@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from aims_support import RECORDS, SAMPLES
@@ -136,12 +137,18 @@ def test_like_brings_it_where_another_image_is(aims: Any, tmp_path: Path) -> Non
         LazyResampleVolume(
             write(aims, tmp_path / "b.ima", np.ones((4, 4, 4, 1), "f4")), like=source
         ).data
-    volume = LazyResampleVolume(source, reader="aims", transform=moved(aims), like=source)
-    [found], [affine] = (
-        list(one.data.header()["transformations"])
-        for one in (volume, LazyReadData(source, reader="aims"))
-    )
-    assert np.allclose(found, affine)
+    # Where an image is whose voxels are stored the other way round, as headers of AIMS tell it.
+    affine = np.diag([2.0, 2, 2, 1])
+    affine[:3, 3] = -4, -3, -5
+    other = nib.Nifti1Image(np.zeros((4, 5, 6)), affine)
+    volume = LazyResampleVolume(source, reader="aims", like=other)
+    [found] = volume.data.header()["transformations"]
+    assert np.allclose(np.reshape(found, (4, 4))[:3], [[-1, 0, 0, 2], [0, -1, 0, 5], [0, 0, -1, 5]])
+    assert list(volume.data.header()["voxel_size"])[:3] == [2, 2, 2]
+    by_scipy = LazyResampleVolume(source, like=other).data
+    assert np.count_nonzero(by_scipy) > 5
+    turned = np.asarray(volume.data)[::-1, ::-1, ::-1, 0]
+    assert np.allclose(turned[by_scipy != 0], by_scipy[by_scipy != 0], atol=1e-3)
 
 
 def test_volumes_in_memory_and_computed_ones_are_resampled_too(aims: Any, path: Path) -> None:

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import traceback
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nibabel.processing import resample_from_to
 from support import Gate, Running, preload_threads, together
 
 import lazycache as lc
-from lazycache import DataCache, LazyReadData, LazyResampleVolume, PreloadList
+from lazycache import DataCache, LazyReadData, LazyResampleVolume, PreloadList, sampling
 from lazycache.readers.base import LoadCancelled, cancellable
 from lazycache.source import file_key
 from lazycache.testing import FaultyReader
@@ -222,9 +223,27 @@ def test_colours_and_complex_numbers_are_resampled_part_by_part(tmp_path: Path) 
         path = tmp_path / f"{name}.npy"
         return LazyResampleVolume(path, transform=MOVE, resampling_order=3, default_value=fill).data
 
-    assert np.array_equal(of("rgb", 7)["R"], of("r", 7))
+    assert np.array_equal(of("r", 7), of("rgb", 7)["R"])
     assert np.array_equal(of("complex", 3 + 4j).real, of("real", 3))
     assert np.array_equal(of("complex", 3 + 4j).imag, of("imag", 4))
+
+
+def test_the_coefficients_of_one_part_go_before_those_of_the_next_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[sampling.Sampler] = weakref.WeakSet()
+    most: list[int] = []
+
+    class Watched(sampling.Sampler):
+        def __init__(self, *args: Any) -> None:
+            alive.add(self)
+            most.append(len(alive))
+            super().__init__(*args)
+
+    monkeypatch.setattr(sampling, "Sampler", Watched)
+    np.save(tmp_path / "a.npy", np.ones((5, 4, 3, 2), "c8"))
+    LazyResampleVolume(tmp_path / "a.npy", transform=MOVE, resampling_order=3).data
+    assert most == [1] * 4
 
 
 # --- types ---------------------------------------------------------------------------------------
@@ -633,6 +652,35 @@ def test_loops_preload_it_and_plans_take_it(moving: Path, fixed: Path, tmp_path:
     assert not preload_threads()
 
 
+def test_the_example_of_the_original_runs_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = np.random.default_rng(12).normal(size=(12, 10, 8)).astype("f8")
+    lpi = np.diag([-1.0, -1, -1, 1])
+    for number in range(10):
+        save(Path(f"image{number:02d}.nii"), values, lpi)
+        Path(f"transform{number:02d}").write_text(f"{number} 0 0\n1 0 0\n0 1 0\n0 0 1\n")
+
+    image_names = [f"image{i:02d}.nii" for i in range(10)]
+    transf_names = [f"transform{i:02d}" for i in range(10)]
+    rvols = [
+        LazyResampleVolume(
+            f, transform=t, nops=1, dims=(12, 10, 8, 1), vox_size=(1, 1, 1, 1), dtype="FLOAT"
+        )
+        for f, t in zip(image_names, transf_names, strict=True)
+    ]
+    res = sum(rvols) / len(rvols)
+
+    wanted = np.zeros((12, 10, 8), "f4")
+    for number in range(10):
+        wanted[number:] += values[: 12 - number].astype("f4")
+    with DataCache(10**6) as cache:
+        assert np.allclose(res.data, wanted / 10, atol=1e-5)
+        assert cache.stats().loads == 10
+    assert not any(volume.loaded() for volume in rvols)
+
+
 def test_it_pickles_as_a_recipe(moving: Path, fixed: Path) -> None:
     for options in (
         {"like": fixed, "transform": MOVE, "dtype": "S16"},
@@ -737,6 +785,10 @@ def test_what_is_in_memory_or_computed_is_resampled_when_it_is_asked_for(
         assert volume.data.tobytes() == wanted.tobytes()
         assert (volume + LazyReadData(fixed)).data.shape == wanted.shape
     assert pickle.loads(pickle.dumps(LazyResampleVolume(twice, like=fixed))).shape == wanted.shape
+    splines = LazyResampleVolume(held, like=fixed, resampling_order=3)
+    assert lc.explain(splines).min_budget >= splines.nbytes + values.nbytes + 8 * values.size
+    nearest = LazyResampleVolume(held, like=fixed, resampling_order=0)
+    assert lc.explain(nearest).min_budget <= nearest.nbytes + values.nbytes + 80 * 16 * 21
     array = LazyResampleVolume(values, dims=(10, 11, 9), vox_size=(2, 2, 2))
     assert np.array_equal(array.data, values[::2, ::2, ::2])
     with pytest.raises(TypeError, match="no array"):

@@ -80,29 +80,25 @@ class _Resampler:
             result._memory[..., time] = found.reshape(x, y, z)
 
 
+def _call(function: Any, *arguments: Any) -> None:
+    function.argtypes = [ctypes.c_void_p] * len(arguments)
+    function.restype = ctypes.c_void_p
+    function(*arguments)
+
+
 def _tell_progress() -> None:
     """Written to the stream of C++, whatever ``verbose`` says."""
-    try:
-        library = ctypes.CDLL("libstdc++.so.6")
-    except OSError:
-        return
-    _STREAMS.append(ctypes.create_string_buffer(8))
-    for name, kinds, arguments in (
-        ("_ZNSt8ios_base4InitC1Ev", [ctypes.c_void_p], [ctypes.addressof(_STREAMS[-1])]),
-        (
-            "_ZStlsISt11char_traitsIcEERSt13basic_ostreamIcT_ES5_PKc",
-            [ctypes.c_void_p, ctypes.c_char_p],
-            [ctypes.addressof(ctypes.c_char.in_dll(library, "_ZSt4cout")), b"100 %"],
-        ),
-        (
-            "_ZNSo5flushEv",
-            [ctypes.c_void_p],
-            [ctypes.addressof(ctypes.c_char.in_dll(library, "_ZSt4cout"))],
-        ),
-    ):
-        function = library[name]
-        function.argtypes, function.restype = kinds, ctypes.c_void_p
-        function(*arguments)
+    if _library is not None:
+        stream = ctypes.addressof(ctypes.c_char.in_dll(_library, "_ZSt4cout"))
+        _call(_library._ZStlsISt11char_traitsIcEERSt13basic_ostreamIcT_ES5_PKc, stream, b"100 %")
+        _call(_library._ZNSo5flushEv, stream)
 
 
-_STREAMS: list[Any] = []
+# As any module in C++ does when it is imported, this one makes the streams ready.
+try:
+    _library = ctypes.CDLL("libstdc++.so.6")
+except OSError:
+    _library = None
+else:
+    _ready = ctypes.create_string_buffer(8)
+    _call(_library._ZNSt8ios_base4InitC1Ev, ctypes.addressof(_ready))
