@@ -59,6 +59,12 @@ def dense(shape: Shape, dtype: np.dtype[Any], order: str = "C") -> Layout:
     return Layout(shape, _strides(shape, tuple(axes), dtype.itemsize), dtype)
 
 
+def like(layout: Layout, dtype: np.dtype[Any]) -> Layout:
+    """That of an array without gaps whose axes lie in memory in the order of ``layout``."""
+    shape = layout.shape
+    return Layout(shape, _strides(shape, _axes(layout.strides), dtype.itemsize), dtype)
+
+
 def infer(
     op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], layouts: list[Layout]
 ) -> Layout | None:
@@ -76,8 +82,7 @@ def infer(
     if foretold is not None:  # a function of users: only its maker knows
         return foretold(layouts)  # type: ignore[no-any-return]
     if op.family == "assign":
-        shape, axes = layouts[0].shape, _axes(layouts[0].strides)
-        return Layout(shape, _strides(shape, axes, layouts[0].dtype.itemsize), layouts[0].dtype)
+        return like(layouts[0], layouts[0].dtype)
     if op.family == "view":
         operand = layouts[0]
         dummy = as_strided(np.empty((), operand.dtype), operand.shape, operand.strides)
@@ -113,7 +118,11 @@ def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | 
         return 0
     if node.op is SQUARED_DEVIATIONS:
         return 2 * math.prod(layouts[0].shape) * result.dtype.itemsize
-    if hasattr(node.op.call, "layout") or (len(layouts) > 1 and name in ("median", "percentile")):
+    voxelwise = getattr(node.op.call, "transient", None)
+    if voxelwise is not None:
+        each: int = voxelwise([layout.dtype for layout in layouts])
+        return each * math.prod(layouts[0].shape)
+    if len(layouts) > 1 and name in ("median", "percentile"):
         # Of their stack.
         return 3 * sum(layout.nbytes for layout in layouts)
     if node.op is ADD_SQUARES and result is not None:
