@@ -130,9 +130,15 @@ class Planner:
 
     def _programs(self) -> Iterator[Program]:
         """What there is to choose from, the best first where the reads are the same."""
+        yield from self._for(self.resident)
+        if self.resident:  # those in memory may be in the way
+            yield from self._for(frozenset())
+
+    def _for(self, resident: frozenset[FileNode]) -> Iterator[Program]:
+        """The programs that leave ``resident`` files in memory."""
         count = len(self.files)
         most = openable_files(count)
-        plain = Manner(0, resident=self.resident, written=self.written)
+        plain = Manner(0, resident=resident, written=self.written)
         reopened = True
         for width in dict.fromkeys([min(FILES, max(1, count)), count, count // 2, 8, 4, 2, 1]):
             if 0 < width <= max(1, min(count, most)):
@@ -146,8 +152,6 @@ class Planner:
         for passes in _PIECES if reopened else ():
             yield from self._each(plain._replace(width=1, passes=passes))
         yield from self._each(plain)
-        if self.resident:
-            yield from self._each(Manner(1, written=self.written))
 
     def _each(self, manner: Manner) -> Iterator[Program]:
         """In each order; where files are read again, also the program that keeps those."""
@@ -231,7 +235,8 @@ class _Memory:
         self.capacity = capacity
         self.reads: Counter[FileNode] = Counter()
         self.held: dict[Key, int] = {node.key: node.key.estimate()[0] for node in resident}
-        self.used = self.peak = sum(self.held.values())
+        self.used = sum(self.held.values())
+        self.peak = 0
 
     def run(self, needs: list[list[FileNode]]) -> None:
         at = end = sum(map(len, needs))
@@ -247,6 +252,9 @@ class _Memory:
         farthest = [(-upcoming.get(key, end), next(used), key) for key in self.held]
         heapq.heapify(farthest)
         current = dict(upcoming)
+        while farthest and self.used > self.capacity:  # the rest of the program takes their place
+            self.used -= self.held.pop(heapq.heappop(farthest)[2])
+        self.peak = self.used
         for place, nodes in enumerate(needs):
             wanted = {node.key: node for node in nodes}
             missing = {k: k.estimate() for k in wanted if k not in self.held}
