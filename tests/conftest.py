@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from hypothesis import settings
+from expressions import Library
+from hypothesis import HealthCheck, given, settings
 from support import SOON, preload_threads
 
 from lazycache import cache as caches
@@ -16,10 +18,38 @@ settings.register_profile("lazycache", deadline=None)
 settings.load_profile("lazycache")
 
 
+def pytest_collection_finish() -> None:
+    """Tests call the collector very often: it need not go through the tests themselves then."""
+    gc.collect()
+    gc.freeze()
+
+
+# How many examples a second of a storm stands for: about as many as a second has.
+EXAMPLES = 25
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--storm-seconds", type=float, default=4.0, help="how long each storm of threads lasts"
     )
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return Library(tmp_path_factory.mktemp("leaves"))
+
+
+@pytest.fixture
+def storm(request: pytest.FixtureRequest) -> Callable[..., Callable[[Any], None]]:
+    """Runs a function on as many examples as --storm-seconds ask for."""
+    seconds = request.config.getoption("--storm-seconds")
+
+    def on(*drawn: Any, share: float = 1.0) -> Callable[[Any], None]:
+        count = max(5, int(EXAMPLES * share * seconds))
+        profile = settings(max_examples=count, suppress_health_check=list(HealthCheck))
+        return lambda function: profile(given(*drawn)(function))()
+
+    return on
 
 
 @pytest.fixture(autouse=True)

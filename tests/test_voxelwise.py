@@ -9,21 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from expressions import Leaf, Library, difference
-from hypothesis import HealthCheck, given, settings
+from expressions import ROOMY, THREADS, WAYS, Leaf, Library, difference, running
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_random_plans import ROOMY, THREADS, WAYS, running
 
 import lazycache as lc
 from lazycache import DataCache, LazyReadData, program
 
 Array = NDArray[Any]
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(tmp_path_factory.mktemp("leaves"))
 
 
 # Each gives (voxels,) or (k, voxels) for (n, voxels), from the values of each voxel alone.
@@ -103,17 +96,10 @@ def expected(images: list[Array], mask: Any, name: str) -> Array:
     return values.reshape(shape)
 
 
-@pytest.fixture
-def examples(request: pytest.FixtureRequest) -> Any:
-    count = max(5, int(25 * request.config.getoption("--storm-seconds")))
-    return settings(max_examples=count, suppress_health_check=list(HealthCheck))
-
-
 def test_a_function_of_voxels_gives_what_it_gives_for_all_at_once(
-    library: Library, examples: Any
+    library: Library, storm: Any
 ) -> None:
-    @examples
-    @given(drawn(), WAYS, THREADS, st.integers(1, 4))
+    @storm(drawn(), WAYS, THREADS, st.integers(1, 4), share=0.5)
     def check(case: Any, way: str, threads: int, times: int) -> None:
         leaves, mask, order, step, name = case
         if name == "weights" and len(leaves) != 12:
@@ -150,8 +136,6 @@ def test_a_function_of_voxels_gives_what_it_gives_for_all_at_once(
                     stats = small.stats()
                     assert stats.peak_bytes <= budget, told
                     assert (stats.loads, stats.overcommits) == (plan.reads, 0), told
-
-    check()
 
 
 # Found before
