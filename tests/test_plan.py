@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 import os
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache as remembered
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -517,6 +519,33 @@ def test_it_is_short_for_five_hundred_files(tmp_path: Path) -> None:
     assert len(lines) <= 6
     assert max(map(len, lines)) <= 120
     assert len(plan.uses) == 500
+
+
+@pytest.mark.parametrize(
+    ("most", "work"), [(30, explain), (60, lambda total: total.data)], ids=["planned", "computed"]
+)
+def test_a_long_sum_of_small_arrays_takes_few_calls_a_term(
+    most: int, work: Callable[[LazyReadData], Any]
+) -> None:
+    # Calls are counted, which nothing else on the machine changes; see benchmarks/planning.py.
+    terms = 2000
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    with DataCache(ROOMY):
+        arrays = [LazyReadData(np.full((8, 8, 8), float(number))) for number in range(10)]
+        total = reduce(operator.add, (arrays[number % 10] for number in range(terms)))
+        work(arrays[0] + arrays[1])
+        before = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            work(total)
+        finally:
+            sys.setprofile(before)
+    assert terms < calls < most * terms
 
 
 def test_html_is_a_table_of_the_same(folder: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import lazycache as lc
-from lazycache import DataCache, LazyReadData, program
+from lazycache import DataCache, LazyReadData, needs, program
 
 Array = NDArray[Any]
 
@@ -142,7 +142,7 @@ def test_a_function_of_voxels_gives_what_it_gives_for_all_at_once(
 
 
 def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "_WORTH_IT", 0)
+    monkeypatch.setattr(needs, "_WORTH_IT", 0)
     monkeypatch.setattr(program, "_SHORTEST", 16)
     monkeypatch.setattr(program, "BLOCK", 64)
 
@@ -195,7 +195,7 @@ def test_what_a_block_takes_is_accounted_for_mixed_types_and_many_values(
     way: str, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "whole":
-        monkeypatch.setattr(program, "_WORTH_IT", 1 << 40)
+        monkeypatch.setattr(needs, "_WORTH_IT", 1 << 40)
     shape = (64, 64, 40)
     arrays = [np.ones(shape, "u1", "F") for _ in range(15)] + [np.ones(shape, "f8", "F")]
     weights = np.arange(40.0).reshape(40, 1)
