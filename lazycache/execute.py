@@ -102,13 +102,20 @@ def compute(
 def outputs_taking(
     outline: Outline, outputs: Mapping[Node, Sequence[Output]]
 ) -> dict[Node, list[Output]]:
-    """The outputs that take the values of a node in blocks, by the node that is computed."""
+    """The outputs that take the values of a node in blocks, by the node that is computed.
+
+    Where one of them has to have them as a whole, none takes them in blocks.
+    """
     taking: dict[Node, list[Output]] = {}
+    whole: set[Node] = set()
     for root, given in outputs.items():
-        found = [output for output in given if output.takes(outline.info[root])]
-        if found:
-            taking.setdefault(outline.stand_in(root), []).extend(found)
-    return taking
+        node = outline.stand_in(root)
+        for output in given:
+            if output.takes(outline.info[root]):
+                taking.setdefault(node, []).append(output)
+            else:
+                whole.add(node)
+    return {node: found for node, found in taking.items() if node not in whole}
 
 
 def prepare(roots: Sequence[Node], cache: DataCache) -> Outline:

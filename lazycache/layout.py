@@ -92,6 +92,12 @@ def dense(shape: Shape, dtype: np.dtype[Any], order: str = "C", kind: str = "") 
     return Layout(shape, _strides(shape, tuple(axes), dtype.itemsize), dtype, kind=kind)
 
 
+def like(layout: Layout, dtype: np.dtype[Any]) -> Layout:
+    """That of an array without gaps whose axes lie in memory in the order of ``layout``."""
+    shape = layout.shape
+    return Layout(shape, _strides(shape, _axes(layout.strides), dtype.itemsize), dtype)
+
+
 def infer(
     op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], layouts: list[Layout]
 ) -> Layout | None:
@@ -112,8 +118,7 @@ def infer(
     if objects and not op.own:
         layouts = [layout._replace(kind="") for layout in layouts]
     if op.family == "assign":
-        shape, axes = layouts[0].shape, _axes(layouts[0].strides)
-        return layouts[0]._replace(strides=_strides(shape, axes, layouts[0].dtype.itemsize))
+        return like(layouts[0], layouts[0].dtype)._replace(kind=layouts[0].kind)
     if op.family == "view":
         operand = layouts[0]
         dummy = as_strided(np.empty((), operand.dtype), operand.shape, operand.strides)
@@ -161,7 +166,11 @@ def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | 
         return 0
     if node.op is SQUARED_DEVIATIONS:
         return 2 * math.prod(layouts[0].shape) * result.dtype.itemsize
-    if hasattr(node.op.call, "layout") or (len(layouts) > 1 and name in ("median", "percentile")):
+    voxelwise = getattr(node.op.call, "transient", None)
+    if voxelwise is not None:
+        each: int = voxelwise([layout.dtype for layout in layouts])
+        return each * math.prod(layouts[0].shape)
+    if len(layouts) > 1 and name in ("median", "percentile"):
         # Of their stack.
         return 3 * sum(layout.nbytes for layout in layouts)
     if node.op is ADD_SQUARES and result is not None:

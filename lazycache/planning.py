@@ -148,9 +148,15 @@ class Planner:
 
     def _programs(self) -> Iterator[Program]:
         """What there is to choose from, the best first where the reads are the same."""
+        yield from self._for(self.resident)
+        if self.resident:  # those in memory may be in the way
+            yield from self._for(frozenset())
+
+    def _for(self, resident: frozenset[FileNode]) -> Iterator[Program]:
+        """The programs that leave ``resident`` files in memory."""
         count = len(self.files)
         most = openable_files(count)
-        plain = Manner(0, resident=self.resident, written=self.written)
+        plain = Manner(0, resident=resident, written=self.written)
         reopened = True
         for width in dict.fromkeys([min(FILES, max(1, count)), count, count // 2, 8, 4, 2, 1]):
             if 0 < width <= max(1, min(count, most)):
@@ -164,8 +170,6 @@ class Planner:
         for passes in _PIECES if reopened else ():
             yield from self._each(plain._replace(width=1, passes=passes))
         yield from self._each(plain)
-        if self.resident:
-            yield from self._each(Manner(1, written=self.written))
 
     def _each(self, manner: Manner) -> Iterator[Program]:
         """In each order; where files are read again, also the program that keeps those."""
@@ -275,12 +279,15 @@ class _Memory:
         sizes, end = self.sizes, self.end
         reads: Counter[FileNode] = Counter()
         held = {key: sizes[key][0] for key in self.resident}
-        used = most = sum(held.values())
+        used = sum(held.values())
         # Of those with no further use the most recently used goes first, as in the cache.
         recent = itertools.count(0, -1)
         current = dict(self.first)
         farthest = [(-current.get(key, end), next(recent), key) for key in held]
         heapq.heapify(farthest)
+        while farthest and used > capacity:  # the rest of the program takes their place
+            used -= held.pop(heapq.heappop(farthest)[2])
+        most = used
         for wanted, following in zip(self.needs, self.following, strict=True):
             missing = [key for key in wanted if key not in held]
             # Reserved for all before any is read.

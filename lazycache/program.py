@@ -28,6 +28,7 @@ from .needs import Need, Needs
 from .outline import Outline
 from .source import Key
 from .spaces import Space, Way, boundaries, takes_memory
+from .voxelwise import Voxelwise
 
 # Elements of a block, at most: what a step works on stays in the processor's cache.
 BLOCK = 1 << 17
@@ -367,7 +368,7 @@ class _Simulation:
                 array = stage.arrays.get(heir) or Array(result.dtype, node=heir)
             stage.arrays[step] = array
             if takes_memory(step.op):
-                calls = max(calls, 3 * sum(self._itemsize(n) for n in (*operands, step)))
+                calls = max(calls, self._call_nbytes(step))
             for operand in operands:
                 self.left[operand] -= 1
                 if operand in inside and not self.left[operand]:
@@ -404,6 +405,13 @@ class _Simulation:
             longest = max(piece[-1][1] - piece[0][0] for piece in stage.pieces)
             return longest * nbytes + sum(decoders[: usable_cpus()])
         return 2 * stage.longest * nbytes + sum(decoders)
+
+    def _call_nbytes(self, step: OpNode) -> int:
+        """The bytes that a step takes for each element besides operands and result."""
+        if isinstance(step.op.call, Voxelwise):
+            found = [layout for layout in self.outline.layouts(step) if layout is not None]
+            return step.op.call.transient([layout.dtype for layout in found])
+        return 3 * sum(self._itemsize(node) for node in (*self.outline.operands(step), step))
 
     def _itemsize(self, node: Node) -> int:
         layout: Layout | None = self.outline.info[node].layout

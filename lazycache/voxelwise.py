@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from .expression import Info, Node, Op, OpNode, Slot
 from .folds import check_shapes, in_volume
-from .layout import Layout, dense
+from .layout import Layout, dense, like
+from .operations import ASTYPE
 
 # The function is tried on as many made-up voxels, to see what it gives.
 _SAMPLE = 4
@@ -37,12 +38,15 @@ class MapVoxels:
             raise TypeError("map_voxels takes images; one of these is no array")
         sample = self._sample([layout.dtype for layout in layouts[:count]])
         several = len(sample) if sample.ndim > 1 else 0
-        call = Voxelwise(self.function, self.args, several, sample.dtype)
+        call = Voxelwise(self.function, self.args, count, several, sample.dtype)
         slots = [Slot(index) for index in range(count)]
         args = (slots, Slot(count)) if self.masked else (slots,)
         name = getattr(self.function, "__name__", "function")
         op = Op(name, call, into=call.into)
-        result = OpNode(op, node.operands, args, None, node.location, "ignore")
+        operands = node.operands
+        if self.masked:
+            operands = (*operands[:-1], _turned(operands[-1], layouts[-1], layouts[0]))
+        result = OpNode(op, operands, args, None, node.location, "ignore")
         return result if several else in_volume(node, result, infos)
 
     def _sample(self, dtypes: list[np.dtype[Any]]) -> NDArray[Any]:
@@ -59,28 +63,46 @@ class MapVoxels:
         return values
 
 
+def _turned(mask: Node, layout: Layout, image: Layout) -> Node:
+    """``mask`` in the memory order of an ``image``: in another it can't go by blocks with it."""
+    wanted = like(image, layout.dtype)
+    orders = (order for order in "CF" if dense(image.shape, layout.dtype, order) == wanted)
+    order = next(orders, None)
+    if layout == wanted or order is None:
+        return mask
+    return OpNode(ASTYPE, (mask,), (Slot(0), np.bool_), {"order": order})
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Voxelwise:
-    """``function`` of the values of each voxel in all images; 0 where the mask is 0."""
+    """``function`` of the values of each voxel in ``count`` images; 0 where the mask is 0."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
+    count: int
     several: int
     dtype: np.dtype[Any]
 
     def layout(self, layouts: list[Layout]) -> Layout:
         """That of the first image; several values for each voxel make a last, slowest axis."""
-        first = layouts[0]
-        order = "C" if first.strides and first.strides[0] > first.strides[-1] else "F"
-        plain = dense(first.shape, self.dtype, order)
+        plain = like(layouts[0], self.dtype)
         if not self.several:
             return plain
         strides = (*plain.strides, plain.nbytes)
-        return Layout((*first.shape, self.several), strides, self.dtype)
+        return Layout((*plain.shape, self.several), strides, self.dtype)
+
+    def transient(self, dtypes: list[np.dtype[Any]]) -> int:
+        """Bytes for each voxel of images (and a mask) of ``dtypes``: an estimate.
+
+        Those of the block, of what the function gives, and as much again for what it takes.
+        """
+        common = np.result_type(*set(dtypes[: self.count])).itemsize
+        values = max(1, self.several) * self.dtype.itemsize
+        return 3 * (self.count * common + values)
 
     def __call__(self, images: list[Any], mask: Any = None) -> NDArray[Any]:
-        like = Layout(images[0].shape, images[0].strides, images[0].dtype)
-        out = self.layout([like]).empty()
+        first = Layout(images[0].shape, images[0].strides, images[0].dtype)
+        out = self.layout([first]).empty()
         self.into(out, images, mask)
         return out
 
@@ -91,7 +113,10 @@ class Voxelwise:
         voxels = voxels.reshape(len(images), -1)
         if mask is not None:
             out.fill(0)
-        if voxels.shape[1]:
+        count = voxels.shape[1]
+        if count == 1:  # which NumPy would add up in another order than two
+            voxels = np.repeat(voxels, 2, axis=1)
+        if count:
             values = np.asarray(self.function(voxels, *self.args))
             expected = (self.several,) * bool(self.several) + voxels.shape[1:]
             if values.shape != expected:
@@ -99,4 +124,5 @@ class Voxelwise:
                     f"the function of map_voxels gave an array of {values.shape} for "
                     f"{voxels.shape} (images, voxels) where {expected} was expected"
                 )
+            values = values[..., :count]
             out[inside] = (values.T if self.several else values).reshape(out[inside].shape)

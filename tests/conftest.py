@@ -4,12 +4,13 @@ import gc
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from aims_support import forget_aims, new_stand_in, real_aims
-from hypothesis import settings
+from expressions import Library
+from hypothesis import HealthCheck, given, settings
 from support import SOON, preload_threads
 
 from lazycache import cache as caches
@@ -18,6 +19,16 @@ from lazycache._integrity import check
 # Machines that run tests are shared and slow: how long one example takes says nothing.
 settings.register_profile("lazycache", deadline=None)
 settings.load_profile("lazycache")
+
+
+def pytest_collection_finish() -> None:
+    """Tests call the collector very often: it need not go through the tests themselves then."""
+    gc.collect()
+    gc.freeze()
+
+
+# How many examples a second of a storm stands for: about as many as a second has.
+EXAMPLES = 25
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -98,6 +109,24 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"AIMS: {run} tests ran against {against}, {skipped} skipped")
     for test in _skipped_in_error:
         terminalreporter.write_line(f"AIMS: {test} may not be skipped: mark it real_aims", red=True)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return Library(tmp_path_factory.mktemp("leaves"))
+
+
+@pytest.fixture
+def storm(request: pytest.FixtureRequest) -> Callable[..., Callable[[Any], None]]:
+    """Runs a function on as many examples as --storm-seconds ask for."""
+    seconds = request.config.getoption("--storm-seconds")
+
+    def on(*drawn: Any, share: float = 1.0) -> Callable[[Any], None]:
+        count = max(5, int(EXAMPLES * share * seconds))
+        profile = settings(max_examples=count, suppress_health_check=list(HealthCheck))
+        return lambda function: profile(given(*drawn)(function))()
+
+    return on
 
 
 @pytest.fixture(autouse=True)

@@ -10,17 +10,19 @@ from __future__ import annotations
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 import lazycache as lc
-from lazycache import DataCache, LazyCacheWarning, LazyReadData
+from lazycache import DataCache, LazyCacheWarning, LazyReadData, needs, program, spaces
 
 # --- leaves --------------------------------------------------------------------------------------
 
@@ -445,6 +447,29 @@ def lazily(done: Done, library: Library, cache: DataCache, wanted: Iterable[int]
         operands = [values[n] for n in step.operands]
         values.append(step.run(LAZY, operands) if number in needed else None)
     return values
+
+
+# --- ways ----------------------------------------------------------------------------------------
+
+ROOMY = 1 << 30
+# Whole arrays, blocks of some tens of elements, of very few, and what is usual.
+WAYS = st.sampled_from(["whole", "blocks", "few", "usual"])
+THREADS = st.integers(1, 8)
+
+
+@contextmanager
+def running(way: str, threads: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", LazyCacheWarning)
+        patch.setenv("LAZYCACHE_THREADS", str(threads))
+        if way == "whole":
+            patch.setattr(needs, "_WORTH_IT", 1 << 60)
+        elif way != "usual":
+            patch.setattr(needs, "_WORTH_IT", 0)
+            patch.setattr(program, "_SHORTEST", 16 if way == "blocks" else 3)
+            patch.setattr(program, "BLOCK", 64 if way == "blocks" else 5)
+            patch.setattr(spaces, "FEWEST", 16 if way == "blocks" else 2)
+        yield
 
 
 # --- drawn ---------------------------------------------------------------------------------------

@@ -621,13 +621,9 @@ class Streams(Plans):
         self.cache.clear()
         self.target = folder / "out.nii.gz"
         nib.Nifti1Image(self.old, np.eye(4)).to_filename(self.target)
-        self.threads = _thread._count()
         self.opened = opened()
 
     def look(self) -> None:
-        deadline = time.monotonic() + SOON
-        while _thread._count() > self.threads:  # they end by themselves
-            assert time.monotonic() < deadline, "a thread is left"
         assert opened() == self.opened
         super().look()
 
@@ -641,10 +637,43 @@ def opened() -> list[str]:
     return [path for path in found if path.endswith((".nii", ".nii.gz"))]
 
 
+class Threads:
+    """Those of what goes by blocks, from the moment in which they are asked for.
+
+    ``_thread._count`` counts a thread only once it runs.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._asked: set[object] = set()
+        self._others = _thread._count()
+        self._start = _thread.start_new_thread
+        monkeypatch.setattr(_thread, "start_new_thread", self._start_one)
+
+    def _start_one(self, function: Callable[[], object], arguments: tuple[()]) -> int:
+        one = object()
+
+        def run() -> None:
+            try:
+                function()
+            finally:
+                self._asked.discard(one)
+
+        self._asked.add(one)
+        return self._start(run, arguments)
+
+    def wait(self) -> None:
+        """They end by themselves."""
+        deadline = time.monotonic() + SOON
+        while self._asked or _thread._count() > self._others:
+            assert time.monotonic() < deadline, "a thread is left"
+
+
 @pytest.fixture
-def by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def threads(monkeypatch: pytest.MonkeyPatch) -> Threads:
+    """Those of plans that all go by blocks."""
     monkeypatch.setattr(needs, "_WORTH_IT", 0)
     monkeypatch.setattr(program, "_SHORTEST", 64)
+    return Threads(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -715,6 +744,7 @@ STREAMED = [mean_and_sd, in_turn, along_axes, voxels, save_mean, save_several]
 def check_streams_after(
     scenario: Callable[[Plans], None],
     folder: Path,
+    threads: Threads,
     files: set[str],
     error: type[BaseException],
     *numbers: int,
@@ -723,6 +753,7 @@ def check_streams_after(
     interrupts = Interrupts(files, error, *numbers)
     try:
         interrupts.run(lambda: scenario(plans))
+        threads.wait()
         if len(interrupts.raised) > 1:
             gc.collect()  # what nothing could end is in cycles with the frames of the interrupts
         plans.look()
@@ -733,11 +764,10 @@ def check_streams_after(
 
 
 @pytest.mark.parametrize("scenario", STREAMED, ids=lambda scenario: scenario.__name__)
-@pytest.mark.usefixtures("by_blocks")
 def test_an_interrupt_at_any_line_of_what_goes_by_blocks_is_undone(
-    scenario: Callable[[Plans], None], streamed: Path
+    scenario: Callable[[Plans], None], streamed: Path, threads: Threads
 ) -> None:
-    places = check_streams_after(scenario, streamed, STREAMING, KeyboardInterrupt)
+    places = check_streams_after(scenario, streamed, threads, STREAMING, KeyboardInterrupt)
     first = firsts(places)
     assert len(first) > 150
     last = {place: number for number, place in enumerate(places, start=1)}
@@ -745,40 +775,43 @@ def test_an_interrupt_at_any_line_of_what_goes_by_blocks_is_undone(
     # All scenarios together come to nearly all of these lines.
     some = dice.sample(sorted(first.values()), len(first) // 3)
     for number in sorted({*some, *dice.sample(sorted(last.values()), 15)}):
-        check_streams_after(scenario, streamed, STREAMING, KeyboardInterrupt, number)
+        check_streams_after(scenario, streamed, threads, STREAMING, KeyboardInterrupt, number)
 
 
 @pytest.mark.parametrize("scenario", STREAMED, ids=lambda scenario: scenario.__name__)
-@pytest.mark.usefixtures("by_blocks")
 def test_an_interrupt_of_what_cleans_up_after_blocks_leaves_nothing(
-    scenario: Callable[[Plans], None], streamed: Path
+    scenario: Callable[[Plans], None], streamed: Path, threads: Threads
 ) -> None:
     """Close to the first, where a run ends its threads and closes its files."""
     dice = random.Random(scenario.__name__)
-    count = len(check_streams_after(scenario, streamed, STREAMING, KeyboardInterrupt))
+    count = len(check_streams_after(scenario, streamed, threads, STREAMING, KeyboardInterrupt))
     for number in dice.sample(range(1, count + 1), 6):
-        never = 1 << 60
-        after = check_streams_after(scenario, streamed, STREAMING, KeyboardInterrupt, number, never)
+        pair = (number, 1 << 60)
+        after = check_streams_after(
+            scenario, streamed, threads, STREAMING, KeyboardInterrupt, *pair
+        )
         follow = range(1, len(after) - number + 1)
         for second in dice.sample(follow, min(10, len(follow))):
-            check_streams_after(scenario, streamed, STREAMING, KeyboardInterrupt, number, second)
+            check_streams_after(
+                scenario, streamed, threads, STREAMING, KeyboardInterrupt, number, second
+            )
 
 
-@pytest.mark.usefixtures("by_blocks")
 @pytest.mark.parametrize("error", [MemoryError, SystemExit])
 def test_any_error_at_any_line_of_what_goes_by_blocks_is_undone(
-    error: type[BaseException], streamed: Path
+    error: type[BaseException], streamed: Path, threads: Threads
 ) -> None:
     dice = random.Random(error.__name__)
     for scenario in STREAMED:
-        first = firsts(check_streams_after(scenario, streamed, STREAMING, error))
+        first = firsts(check_streams_after(scenario, streamed, threads, STREAMING, error))
         for number in dice.sample(sorted(first.values()), 8):
-            check_streams_after(scenario, streamed, STREAMING, error, number)
+            check_streams_after(scenario, streamed, threads, STREAMING, error, number)
 
 
-@pytest.mark.usefixtures("by_blocks")
-def test_an_interrupt_while_a_program_is_chosen_leaves_nothing(streamed: Path) -> None:
-    first = firsts(check_streams_after(save_mean, streamed, PLANNING, KeyboardInterrupt))
+def test_an_interrupt_while_a_program_is_chosen_leaves_nothing(
+    streamed: Path, threads: Threads
+) -> None:
+    first = firsts(check_streams_after(save_mean, streamed, threads, PLANNING, KeyboardInterrupt))
     assert len(first) > 200
     for number in random.Random(0).sample(sorted(first.values()), 30):
-        check_streams_after(save_mean, streamed, PLANNING, KeyboardInterrupt, number)
+        check_streams_after(save_mean, streamed, threads, PLANNING, KeyboardInterrupt, number)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,9 @@ import pytest
 from expressions import (
     EAGER,
     LAZY,
+    ROOMY,
+    THREADS,
+    WAYS,
     Done,
     Leaf,
     Library,
@@ -22,8 +24,9 @@ from expressions import (
     lazily,
     noted,
     programs,
+    running,
 )
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume
 from hypothesis import strategies as st
 from support import together
 
@@ -31,54 +34,8 @@ import lazycache as lc
 from lazycache import (
     BudgetExceededError,
     DataCache,
-    LazyCacheWarning,
     LazyReadData,
-    needs,
-    program,
-    spaces,
 )
-
-# How many examples a second of a storm stands for: about as many as a second has.
-EXAMPLES = 25
-ROOMY = 1 << 30
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(tmp_path_factory.mktemp("leaves"))
-
-
-@pytest.fixture
-def storm(request: pytest.FixtureRequest) -> Callable[..., Callable[[Any], None]]:
-    """Runs a function on as many examples as --storm-seconds ask for."""
-    seconds = request.config.getoption("--storm-seconds")
-
-    def on(*drawn: Any, share: float = 1.0) -> Callable[[Any], None]:
-        count = max(5, int(EXAMPLES * share * seconds))
-        profile = settings(max_examples=count, suppress_health_check=list(HealthCheck))
-        return lambda function: profile(given(*drawn)(function))()
-
-    return on
-
-
-# Whole arrays, blocks of some tens of elements, of very few, and what is usual.
-WAYS = st.sampled_from(["whole", "blocks", "few", "usual"])
-THREADS = st.integers(1, 8)
-
-
-@contextmanager
-def running(way: str, threads: int) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore", LazyCacheWarning)
-        patch.setenv("LAZYCACHE_THREADS", str(threads))
-        if way == "whole":
-            patch.setattr(needs, "_WORTH_IT", 1 << 60)
-        elif way != "usual":
-            patch.setattr(needs, "_WORTH_IT", 0)
-            patch.setattr(program, "_SHORTEST", 16 if way == "blocks" else 3)
-            patch.setattr(program, "BLOCK", 64 if way == "blocks" else 5)
-            patch.setattr(spaces, "FEWEST", 16 if way == "blocks" else 2)
-        yield
 
 
 def compute(done: Done, values: Sequence[Any], wanted: Sequence[int]) -> tuple[Any, ...]:
