@@ -309,7 +309,7 @@ def file_info(key: FileKey) -> Info:
     """What the header of a file tells; raises what probing raises."""
     probe = key.probe()
     layout = None
-    if probe.shape is not None and probe.dtype is not None:
+    if probe.shape is not None and probe.dtype is not None and not probe.kind:
         layout = dense(probe.shape, probe.dtype, probe.order)
     return Info(layout, probe.affine, probe.header, key.path)
 

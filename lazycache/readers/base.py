@@ -54,7 +54,9 @@ class Probe:
     voxel-to-millimetre matrix, or None for a file that says nothing of space. ``files`` are all
     the files that the data come from (``.hdr`` and ``.img``): when one of them changes, the data
     have changed. ``dtype_reason`` says why the dtype isn't the one on disk. ``in_blocks`` says that
-    ``open_blocks`` gives the data.
+    ``open_blocks`` gives the data. ``kind`` is the name of the type of what `read` gives where that
+    is an object and no array, such as "Volume_S16"; shape and dtype, where known, are then those of
+    ``np.asarray`` of it.
     """
 
     format: str
@@ -68,6 +70,7 @@ class Probe:
     header: Any = None
     dtype_reason: str = ""
     in_blocks: bool = False
+    kind: str = ""
 
 
 class Blocks(Protocol):

@@ -9,7 +9,7 @@ import numpy as np
 
 from ._headers import Header, fields_of
 from ._limits import NotRecordedError
-from ._memory import bare, dangling
+from ._memory import bare, dangling, kept_by
 from ._volumes import DTYPES
 
 
@@ -23,6 +23,7 @@ class _Part:
         if other:
             raise TypeError("only np.asarray works on a vector")
         array = bare(self._memory)
+        kept_by(array, self)
         return array if dtype is None else array.astype(dtype, copy=False)
 
     def __len__(self) -> int:
@@ -82,6 +83,9 @@ class _Surface(_Headed):
     def size(self) -> int:
         return len(self)
 
+    def keys(self) -> list[int]:
+        return list(range(len(self)))
+
 
 class AimsTimeSurface_2_VOID(_Surface):  # noqa: N801 - the name in AIMS
     sides = 2
@@ -130,6 +134,9 @@ class _Texture(_Headed):
 
     def size(self) -> int:
         return len(self)
+
+    def keys(self) -> list[int]:
+        return list(range(len(self)))
 
     def __getitem__(self, time: int) -> _Part:
         if not 0 <= time < len(self):
