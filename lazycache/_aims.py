@@ -16,6 +16,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from . import _buffers
 
@@ -61,6 +62,16 @@ def dtype_of(code: str) -> np.dtype[Any] | None:
     """The dtype of the voxels of ``"Volume_S16"`` or ``"S16"``; None where NumPy has none."""
     name = _VOXELS.get(code.removeprefix(VOLUME))
     return None if name is None else np.dtype(name)
+
+
+def as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """What `numpy.dtype` takes, or the name of a type of volumes."""
+    if isinstance(dtype, str) and dtype.startswith(VOLUME):
+        found = dtype_of(dtype)
+        if found is None:
+            raise TypeError(f"dtype={dtype!r}: volumes can't be converted to this; leave it out")
+        return found
+    return np.dtype(dtype)
 
 
 def code_of(dtype: np.dtype[Any]) -> str | None:
@@ -117,6 +128,34 @@ def _size_of_attributes(part: Any) -> int:
     return total
 
 
+def contents_of(value: Any) -> list[np.ndarray[Any, Any]] | None:
+    """Copies of all that an object of AIMS holds, as arrays; None for other types."""
+    kind = kind_of(value)
+    parts: list[Any]
+    if kind.startswith(VOLUME):
+        parts = [value]
+    elif kind.startswith(_MESH):
+        parts = [
+            part(time)
+            for time in value.keys()  # noqa: SIM118
+            for part in (value.vertex, value.normal, value.polygon)
+        ]
+    elif kind.startswith(_TEXTURE):
+        parts = [value[time] for time in value.keys()]  # noqa: SIM118
+    elif kind.startswith(_BUCKET):
+        parts = [
+            sorted(tuple(map(int, voxel)) for voxel in value[time].keys())  # noqa: SIM118
+            for time in value.keys()  # noqa: SIM118
+        ]
+    elif kind == "AffineTransformation3d":
+        parts = [value.toMatrix()]
+    elif kind == "Graph":
+        parts = [sorted(part.keys()) for part in (value, *value.vertices())]
+    else:
+        return None
+    return [np.asarray(part).copy() for part in parts]
+
+
 def readonly_view(array: np.ndarray[Any, Any], owner: Any) -> np.ndarray[Any, Any]:
     """``array``, over memory of ``owner``, as one that can't be written to and keeps it alive."""
     return np.asarray(_buffers.Lent(array, owner))
@@ -127,6 +166,11 @@ def attribute(owner: Any, name: str) -> Any:
     if name == "header":
         return functools.partial(header_of, owner)
     return guarded(getattr(owner, name), owner)
+
+
+def part(whole: Any, value: Any) -> Any:
+    """``value``, found in ``whole``: `guarded` where that is an object of AIMS."""
+    return guarded(value, whole) if kind_of(whole) else value
 
 
 def guarded(value: Any, owner: Any) -> Any:

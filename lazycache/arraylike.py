@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from . import _buffers
+from . import _aims, _buffers
 from . import operations as ops
 from ._frames import location
+from ._volumes import array_of
 from .express import (
     Expressible,
     called,
@@ -182,10 +183,11 @@ class ArrayLike(Expressible):
         items = index if isinstance(index, tuple) else (index,)
         if not all(_is_basic(item) for item in items):
             [data, *found] = computed([self, *proxies_in(items)])
-            return data[replaced(index, iter(found))]
+            return _aims.part(data, data[replaced(index, iter(found))])
         integers = all(_is_integer(item) for item in items)
         if integers and (not self._is_array() or len(items) >= self.ndim):
-            return self.data[index]
+            data = self.data
+            return _aims.part(data, data[index])
         node = self._part(items)
         if node is None:
             template = (Slot(0), items)
@@ -203,6 +205,8 @@ class ArrayLike(Expressible):
     def __len__(self) -> int:
         if not self._is_array():
             return len(self.data)
+        if self._kind():
+            raise TypeError(f"object of type {self._kind()!r} has no len()")
         shape = self.shape
         if not shape:
             raise TypeError("len() of unsized object")
@@ -210,8 +214,9 @@ class ArrayLike(Expressible):
 
     def __iter__(self) -> Iterator[Any]:
         if not self._is_array():
-            return iter(self.data)
-        count = len(self)
+            data = self.data
+            return (_aims.part(data, item) for item in data)
+        count = self.shape[0] if self.shape else len(self)
         return (self[position] for position in range(count))
 
     def __contains__(self, item: Any) -> bool:
@@ -243,7 +248,7 @@ class ArrayLike(Expressible):
     # NumPy's protocols
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        array = np.asarray(self.data)
+        array: NDArray[Any] = np.asarray(array_of(self.data))
         if dtype is not None and array.dtype != np.dtype(dtype):
             if copy is False:
                 raise ValueError("the data have another dtype: they can't be had without a copy")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ._buffers import LARGE, let_go, owner_of
 from ._tasks import Threads, end_all
+from ._volumes import array_of, kind_of
 from .cache import DataCache
 from .expression import (
     FileNode,
@@ -38,6 +39,7 @@ from .planning import Planner
 from .program import Stage
 from .source import Key, Result
 from .streaming import BlockRun, Sink
+from .volume_operators import apply_own
 from .wrapping import Bounds
 
 if TYPE_CHECKING:
@@ -307,6 +309,13 @@ class _Run:
                 value[(..., *[None] * more)] if more else value
                 for value, more in zip(inputs, self.outline.aligned[step], strict=True)
             ]
+        if any(type(value) is not np.ndarray and kind_of(value) for value in values):
+            result = self._foretold(step, operands, values)
+            if op.own and (op.into is None or result is None or result.kind):
+                last = self._last_of_its_own(operands[0], operands)
+                return apply_own(step, values, last, result)
+            # Anything else, and what operators leave to arrays, is NumPy's.
+            values = [array_of(value) for value in values]
         if op.family in ("inplace", "assign"):
             if type(values[0]) is np.ndarray and not self._last_of_its_own(operands[0], operands):
                 values = [copy_of(values[0]), *values[1:]]
@@ -323,6 +332,17 @@ class _Run:
             return copy_of(value) if 2 * value.nbytes < values[0].nbytes else value
         return value
 
+    def _foretold(self, step: OpNode, operands: Sequence[Node], values: list[Any]) -> Layout | None:
+        """What a step gives for ``values``; as planned if they are as planned."""
+        layouts = [layout_of(value) for value in values]
+        known = [layout for layout in layouts if layout is not None]
+        if len(known) < len(layouts):
+            return None
+        info = self.outline.info
+        if known == [info[operand].layout for operand in operands]:
+            return info[step].layout  # type: ignore[no-any-return]
+        return infer(step.op, step.args, dict(step.kwargs or {}), known)
+
     def _out(
         self, step: OpNode, operands: Sequence[Node], values: list[Any]
     ) -> NDArray[Any] | None:
@@ -334,19 +354,11 @@ class _Run:
         ]
         if not spare and sum(getattr(value, "nbytes", LARGE) for value in values) * 8 < LARGE:
             return None
-        layouts = [layout_of(value) for value in values]
-        known = [layout for layout in layouts if layout is not None]
-        if len(known) < len(layouts):
-            return None
-        info = self.outline.info
-        if known == [info[operand].layout for operand in operands]:
-            result = info[step].layout
-        else:
-            result = infer(step.op, step.args, dict(step.kwargs or {}), known)
+        result = self._foretold(step, operands, values)
         if result is None or result.scalar or not result.shape:
             return None
         for value in spare:
-            if Layout(value.shape, value.strides, value.dtype) == result:
+            if value.flags.writeable and layout_of(value) == result:
                 return value  # type: ignore[no-any-return]
         return result.empty() if result.nbytes >= LARGE else None
 
@@ -371,7 +383,7 @@ class _Run:
         reused = step.op.family != "view" and any(
             value is self.values.get(node) and node in self.own for node in lenders
         )
-        if type(value) is np.ndarray and (reused or not lenders):
+        if (type(value) is np.ndarray or kind_of(value)) and (reused or not lenders):
             self.own.add(step)
         loans: list[_Loan] = []
         for node in [] if reused else lenders:

@@ -50,7 +50,11 @@ class Expressible:
 
     @abstractmethod
     def _is_array(self) -> bool:
-        """Whether the data are an array, as far as that is known without loading them."""
+        """Whether the data are an array, or a volume that holds one; loaded if need be to tell."""
+
+    @abstractmethod
+    def _kind(self) -> str:
+        """The type of volume that headers say the data will be; "" for anything else."""
 
 
 def express(op: Op, operands: Sequence[Any], constants: tuple[Any, ...] = (), **kwargs: Any) -> Any:

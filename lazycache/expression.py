@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _buffers
+from . import _buffers, _volumes
 from ._frames import Location
 from .source import FileKey, Handle, Result
 
@@ -52,6 +52,8 @@ class Op:
     offers no such thing.
     ``elementwise`` says that ``into`` may write over an operand of the result's layout.
     ``wraps`` marks the operators ``+ - *``, which are watched for integers that wrap around.
+    ``own`` marks operators: objects that are no arrays have their own. Any other operation is
+    given the arrays that such objects hold.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Op:
     into: Callable[..., Any] | None = None
     elementwise: bool = False
     wraps: bool = False
+    own: bool = False
 
 
 class Slot(NamedTuple):
@@ -289,8 +292,8 @@ def files_under(roots: Iterable[Node]) -> list[FileNode]:
 def frozen(value: Any) -> Any:
     """``value`` as an expression may keep it: nobody can change an array of it any more.
 
-    Arrays are copied unless they and all that they are views of are read-only. Lists and tuples
-    of numbers become arrays. Other objects are kept as they are.
+    Arrays are copied unless they and all that they are views of are read-only; volumes of AIMS
+    always. Lists and tuples of numbers become arrays. Other objects are kept as they are.
     """
     if isinstance(value, list | tuple):
         array = np.array(value)
@@ -299,7 +302,7 @@ def frozen(value: Any) -> Any:
         if type(value) is np.ndarray and _unchangeable(value):
             return value
         return _buffers.readonly(copy_of(np.asarray(value)))
-    return value
+    return _volumes.copy(value) if _volumes.kind_of(value) else value
 
 
 def _unchangeable(array: NDArray[Any]) -> bool:

@@ -63,9 +63,22 @@ class Fold:
         if plan is None:
             slots = [Slot(index) for index in range(len(node.operands))]
             op = Op(self.name, Stacked(getattr(np, self.name)))
-            return OpNode(op, node.operands, (slots,), kwargs, node.location, "ignore")
-        chain: Node = _CHAINS[self.name](plan, **kwargs)
-        return chain
+            chain: Node = OpNode(op, node.operands, (slots,), kwargs, node.location, "ignore")
+        else:
+            chain = _CHAINS[self.name](plan, **kwargs)
+        # Several percentiles at once are no volume.
+        return chain if np.ndim(kwargs.get("q", 0)) else in_volume(node, chain, infos)
+
+
+def in_volume(node: OpNode, result: Node, infos: Sequence[Info]) -> Node:
+    """``result`` of a function over a list, with the header of the first if that is a volume."""
+    if infos[0].layout is None or not infos[0].layout.kind:
+        return result
+    # Before all else, while the first is there anyway.
+    whole = {"axis": None, "keepdims": True}
+    header = OpNode(ops.HEADER, node.operands[:1], ONE, whole, node.location, "ignore")
+    operands = (header, result)
+    return OpNode(ops.WITH_HEADER, operands, (Slot(1), Slot(0)), None, node.location, "ignore")
 
 
 def check_shapes(node: OpNode, infos: Sequence[Info]) -> None:
@@ -84,6 +97,11 @@ def check_shapes(node: OpNode, infos: Sequence[Info]) -> None:
         f"{node.op.name} of {len(known)} images: {shapes.count(usual)} have the shape {usual}, but "
         f"{listed(lines)}. Leave those out, or bring them to one shape"
     )
+
+
+def _steps(layout: Layout) -> list[int]:
+    """The strides that say in which order the axes lie: those of one element say nothing."""
+    return [step for step, size in zip(layout.strides, layout.shape, strict=True) if size > 1]
 
 
 class _Chain:
@@ -116,7 +134,7 @@ class _Chain:
             return None
         for order in ("K", "C", "F"):
             start = infer(ops.COPY, ONE, {"order": order}, [first._replace(dtype=result.dtype)])
-            if start is not None and start.strides == result.strides:
+            if start is not None and _steps(start) == _steps(result):
                 return cls(node, stack, result, order)
         return None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ._volumes import kind_of
 from .expression import ValueNode, frozen
 
 
@@ -30,4 +31,5 @@ def value_node(value: Any, name: str = "") -> ValueNode:
     nibabel = sys.modules.get("nibabel")
     if nibabel is not None and isinstance(value, nibabel.spatialimages.SpatialImage):
         return ValueNode(frozen(np.asarray(value.dataobj)), name, value.affine, value.header)
-    return ValueNode(frozen(value) if isinstance(value, np.ndarray) else value, name)
+    held = isinstance(value, np.ndarray) or kind_of(value)
+    return ValueNode(frozen(value) if held else value, name)

@@ -4,7 +4,8 @@ The rules for dtypes, memory order and scalars are NumPy's own, and differ betwe
 they aren't written down here: the operation is carried out on *miniatures*, arrays of the same
 dtypes and the same order of axes in memory, in which an axis of two or more has two. What comes
 out tells the dtype, the order and the type of the result, or raises NumPy's own error. The shape
-follows from the real shapes by one rule for each family of operations.
+follows from the real shapes by one rule for each family of operations. Volumes of AIMS have
+operators of their own, which are tried on volumes of a few voxels in the same way.
 
 What was found is remembered by operation, constants and miniatures, so a chain of 100,000
 additions of one kind makes one trial.
@@ -20,6 +21,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from . import _volumes
+from ._volumes import kind_of
 from .errors import ShapeMismatchError
 from .expression import Op, OpNode, Slot, empty_in_order, fill
 from .operations import ADD_SQUARES, BLOCK, SQUARED_DEVIATIONS
@@ -28,12 +31,16 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """Shape, strides in bytes and dtype of an array, or of a NumPy scalar (``scalar``)."""
+    """Shape, strides in bytes and dtype of an array, or of a NumPy scalar (``scalar``).
+
+    With a ``kind``, of the array that a volume of AIMS of this type holds.
+    """
 
     shape: Shape
     strides: Shape
     dtype: np.dtype[Any]
     scalar: bool = False
+    kind: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -45,18 +52,27 @@ class Layout(NamedTuple):
 
 
 def layout_of(value: Any) -> Layout | None:
-    """The layout of an array or a NumPy scalar; None for anything else, subclasses included."""
+    """The layout of an array, a NumPy scalar or a volume; None for anything else.
+
+    Subclasses of arrays are something else.
+    """
     if type(value) is np.ndarray:
         return Layout(value.shape, value.strides, value.dtype)
     if isinstance(value, np.generic):
         return Layout((), (), value.dtype, scalar=True)
+    kind = kind_of(value)
+    if kind:
+        array = np.asarray(value)
+        if array.flags.f_contiguous:
+            return dense(array.shape, array.dtype, "F", kind)
+        return Layout(array.shape, array.strides, array.dtype, kind=kind)
     return None
 
 
-def dense(shape: Shape, dtype: np.dtype[Any], order: str = "C") -> Layout:
-    """The layout of a C- or Fortran-ordered array without gaps."""
+def dense(shape: Shape, dtype: np.dtype[Any], order: str = "C", kind: str = "") -> Layout:
+    """The layout of a C- or Fortran-ordered array without gaps, or of a volume."""
     axes = range(len(shape)) if order == "C" else range(len(shape) - 1, -1, -1)
-    return Layout(shape, _strides(shape, tuple(axes), dtype.itemsize), dtype)
+    return Layout(shape, _strides(shape, tuple(axes), dtype.itemsize), dtype, kind=kind)
 
 
 def infer(
@@ -75,9 +91,12 @@ def infer(
     foretold = getattr(op.call, "layout", None)
     if foretold is not None:  # a function of users: only its maker knows
         return foretold(layouts)  # type: ignore[no-any-return]
+    objects = [layout for layout in layouts if layout.kind]
+    if objects and not op.own:
+        layouts = [layout._replace(kind="") for layout in layouts]
     if op.family == "assign":
         shape, axes = layouts[0].shape, _axes(layouts[0].strides)
-        return Layout(shape, _strides(shape, axes, layouts[0].dtype.itemsize), layouts[0].dtype)
+        return layouts[0]._replace(strides=_strides(shape, axes, layouts[0].dtype.itemsize))
     if op.family == "view":
         operand = layouts[0]
         dummy = as_strided(np.empty((), operand.dtype), operand.shape, operand.strides)
@@ -100,12 +119,21 @@ def infer(
     if more < 0:
         return None
     shape = outcome.shape[:more] + shape
-    return Layout(shape, _strides(shape, outcome.axes, outcome.dtype.itemsize), outcome.dtype)
+    if outcome.kind and any(layout.shape != objects[0].shape for layout in objects):
+        raise ShapeMismatchError(
+            "volumes of "
+            + " and ".join(str(layout.shape) for layout in objects)
+            + " don't go together: AIMS would silently fill up the one of them, or cut it off"
+        )
+    strides = _strides(shape, outcome.axes, outcome.dtype.itemsize)
+    return Layout(shape, strides, outcome.dtype, kind=outcome.kind)
 
 
 def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | None) -> int:
     """Bytes that NumPy takes while it computes, besides operands and result; an upper estimate."""
     name = node.op.name
+    if result is not None and result.kind and name in _volumes.BORROWING:
+        return result.nbytes  # it is copied
     if node.op.elementwise and name != "**":
         return 0
     layouts = [layout for layout in operands if layout is not None]
@@ -121,6 +149,8 @@ def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | 
         return 2 * (min(BLOCK, result.nbytes) if same else result.nbytes)
     if name == "**" and layouts[0].dtype != result.dtype:  # computed aside, and converted
         return result.nbytes
+    if node.op.family == "inplace" and layouts[0].kind and layouts[0] != result:
+        return layouts[0].nbytes  # copied in case it is written to, and it isn't
     if node.op.family != "reduce":
         return 0
     operand = layouts[0]
@@ -143,9 +173,10 @@ class _Outcome(NamedTuple):
     axes: tuple[int, ...]  # from the largest stride to the smallest
     dtype: np.dtype[Any]
     scalar: bool
+    kind: str
 
 
-_Miniature = tuple[Shape, tuple[int, ...], np.dtype[Any], bool]
+_Miniature = tuple[Shape, tuple[int, ...], np.dtype[Any], bool, str]
 
 # Only ever read and written by single calls. Emptied when full, which forgets nothing of value.
 _outcomes: dict[Any, _Outcome | None] = {}
@@ -165,12 +196,15 @@ def _trial(
         key = None
     if "ddof" in kwargs:  # more than the miniature has would be a warning
         kwargs = {**kwargs, "ddof": 0}
+    arguments = fill(args, [_make(miniature) for miniature in miniatures])
+    _volumes.check(op.name, arguments)
     with np.errstate(all="ignore"):
-        value = op.call(*fill(args, [_make(miniature) for miniature in miniatures]), **kwargs)
+        value = op.call(*arguments, **kwargs)
     layout = layout_of(value)
     outcome = None
     if layout is not None:
-        outcome = _Outcome(layout.shape, _axes(layout.strides), layout.dtype, layout.scalar)
+        axes = _axes(layout.strides)
+        outcome = _Outcome(layout.shape, axes, layout.dtype, layout.scalar, layout.kind)
     if key is not None:
         if len(_outcomes) >= _FULL:
             _outcomes.clear()
@@ -180,12 +214,14 @@ def _trial(
 
 def _miniature(layout: Layout) -> _Miniature:
     shape = tuple(1 if size == 1 else 2 for size in layout.shape)
-    return shape, _axes(layout.strides), layout.dtype, layout.scalar
+    return shape, _axes(layout.strides), layout.dtype, layout.scalar, layout.kind
 
 
 def _make(miniature: _Miniature) -> Any:
-    shape, axes, dtype, scalar = miniature
+    shape, axes, dtype, scalar, kind = miniature
     array = np.ones([shape[axis] for axis in axes], dtype)
+    if kind:
+        return _volumes.make(array.transpose(np.argsort(axes)))
     return array[()] if scalar else array.transpose(np.argsort(axes)) if axes else array
 
 

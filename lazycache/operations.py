@@ -2,6 +2,7 @@
 
 Operators use the functions of the ``operator`` module, so that objects of any kind work, and
 scalars stay what they are; on arrays those call the same loops as the ufuncs given for ``into``.
+An object's own operator never gives NotImplemented that way, but Python's TypeError.
 Every `Op` here can be pickled by its fields.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from . import _volumes
 from .expression import Op
 from .totals import Total, total
 
@@ -46,23 +48,24 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """An in-place operator; data that is no array is replaced by what ``plain`` gives.
+    """An in-place operator of arrays and volumes of AIMS.
 
-    An object of another kind may be shared, and not every kind can be copied.
+    Other data are replaced by what ``plain`` gives: an object of another kind may be shared, and
+    not every kind can be copied.
     """
 
     inplace: Callable[..., Any]
     plain: Callable[..., Any]
 
     def __call__(self, left: Any, right: Any) -> Any:
-        if isinstance(left, np.ndarray):
+        if isinstance(left, np.ndarray) or _volumes.kind_of(left):
             return self.inplace(left, right)
         return self.plain(left, right)
 
 
 def _operator(name: str, call: Callable[..., Any], ufunc: np.ufunc) -> Op:
     wraps = name in ("+", "-", "*")
-    return Op(name, call, into=Into(ufunc), elementwise=True, wraps=wraps)
+    return Op(name, call, into=Into(ufunc), elementwise=True, wraps=wraps, own=True)
 
 
 def _power_into(out: Array, base: Any, exponent: Any) -> None:
@@ -95,7 +98,7 @@ def _copy_into(out: Array, data: Array, dtype: DTypeLike, order: str = "K") -> N
 
 
 def _assign(target: Any, index: Any, value: Any) -> Any:
-    if not isinstance(target, np.ndarray):
+    if not isinstance(target, np.ndarray) and not _volumes.kind_of(target):
         target = copy.deepcopy(target)
     target[index] = value
     return target
@@ -108,13 +111,13 @@ BINARY = {
     "truediv": _operator("/", operator.truediv, np.true_divide),
     "floordiv": _operator("//", operator.floordiv, np.floor_divide),
     "mod": _operator("%", operator.mod, np.remainder),
-    "pow": Op("**", operator.pow, into=_power_into, elementwise=True),
+    "pow": Op("**", operator.pow, into=_power_into, elementwise=True, own=True),
     "lshift": _operator("<<", operator.lshift, np.left_shift),
     "rshift": _operator(">>", operator.rshift, np.right_shift),
     "and": _operator("&", operator.and_, np.bitwise_and),
     "or": _operator("|", operator.or_, np.bitwise_or),
     "xor": _operator("^", operator.xor, np.bitwise_xor),
-    "matmul": Op("@", operator.matmul, "matmul"),
+    "matmul": Op("@", operator.matmul, "matmul", own=True),
 }
 COMPARISONS = {
     "eq": _operator("==", operator.eq, np.equal),
@@ -136,11 +139,17 @@ INPLACE = {
         InPlace(getattr(operator, "i" + name), op.call),
         "inplace",
         wraps=op.wraps,
+        own=True,
     )
     for name, op in BINARY.items()
 }
+# The same by writing over the left operand, for objects that can't be given where to write.
+OVER = {op.call: getattr(operator, "i" + name) for name, op in BINARY.items()}
 GETITEM = Op("[...]", operator.getitem, "view")
-ASSIGN = Op("[...]=", _assign, "assign")
+ASSIGN = Op("[...]=", _assign, "assign", own=True)
+# Of volumes of AIMS: one voxel with the header, and the volume of an array with that header.
+HEADER = Op("header", _volumes.header_only, "reduce", own=True)
+WITH_HEADER = Op("volume", _volumes.with_header, own=True)
 ALIGN = Op("[..., None]", operator.getitem, "view")
 WHERE = Op("where", np.where, into=_where_into)
 CLIP = Op("clip", np.clip, into=Into(np.clip), elementwise=True)
@@ -210,17 +219,24 @@ class IntoFirst:
 
 @cache
 def reduction(name: str) -> Op:
-    """``np.<name>(data, axis=..., ...)``; a method of that name where the data is no array."""
-    return Op(name, Reduction(name), "reduce")
+    """``np.<name>(data, axis=..., ...)``; of all of an object, its method of that name."""
+    return Op(name, Reduction(name), "reduce", own=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """The function of NumPy of this name, or, on data that is no array, the method."""
+    """The function of NumPy of this name, or, on data that is no array, the method.
+
+    The methods of volumes of AIMS take no arguments.
+    """
 
     name: str
 
     def __call__(self, data: Any, **kwargs: Any) -> Any:
+        if _volumes.kind_of(data):
+            kwargs = {name: value for name, value in kwargs.items() if value is not None}
+            if kwargs or not hasattr(data, self.name):
+                data = _volumes.array_of(data)
         if isinstance(data, np.ndarray | np.generic) or not hasattr(data, self.name):
             return getattr(np, self.name)(data, **kwargs)
         return getattr(data, self.name)(**kwargs)

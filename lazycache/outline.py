@@ -23,6 +23,7 @@ import numpy as np
 from . import operations as ops
 from ._frames import warn
 from ._parts import sliced_affine
+from ._volumes import is_known
 from .axes import along_slowest
 from .errors import (
     FileChangedError,
@@ -202,7 +203,10 @@ class Outline:
         if node.op.family != "reduce" or not node.operands:
             return None
         data = self.info[node.operands[0]].layout
-        return None if data is None else along_slowest(node, data)
+        # Of all of a volume of AIMS it may be a method of its own.
+        if data is None or (data.kind and (node.kwargs or {}).get("axis") is None):
+            return None
+        return along_slowest(node, data)
 
     def _expand(self, node: OpNode) -> Node:
         infos = [self.info[operand] for operand in node.operands]
@@ -256,7 +260,8 @@ class Outline:
         more = tuple(
             len(shape) - len(layout.shape) for shape, layout in zip(shapes, layouts, strict=True)
         )
-        if not any(more):
+        extended = [layout for layout, extra in zip(layouts, more, strict=True) if extra]
+        if not extended or any(layout.kind for layout in extended):
             return layouts
         self.aligned[node] = more
         return _longer(layouts, more)
@@ -309,9 +314,11 @@ def file_info(key: FileKey) -> Info:
     """What the header of a file tells; raises what probing raises."""
     probe = key.probe()
     layout = None
-    if probe.shape is not None and probe.dtype is not None and not probe.kind:
-        layout = dense(probe.shape, probe.dtype, probe.order)
-    return Info(layout, probe.affine, probe.header, key.path)
+    known = not probe.kind or is_known(probe.kind)
+    if probe.shape is not None and probe.dtype is not None and known:
+        layout = dense(probe.shape, probe.dtype, probe.order, probe.kind)
+    # Of an object the header is what its own method gives.
+    return Info(layout, probe.affine, None if probe.kind else probe.header, key.path)
 
 
 def probe_all(files: Iterable[FileNode]) -> None:

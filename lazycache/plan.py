@@ -11,9 +11,11 @@ from types import MappingProxyType
 from typing import Any
 
 from ._buffers import owner_of
+from ._volumes import kind_of
 from .cache import DataCache
 from .execute import Output, outputs_taking, prepare, resident
 from .expression import FileNode, Node, OpNode, ValueNode, describe
+from .operations import HEADER
 from .outline import Outline
 from .planning import Planner
 from .program import Program, is_large
@@ -181,7 +183,7 @@ def _in_memory(outline: Outline) -> tuple[int, int]:
             value = outline.values[node]
         else:
             continue
-        nbytes = nbytes_of(value) if hasattr(value, "nbytes") else 0
+        nbytes = nbytes_of(value) if hasattr(value, "nbytes") or kind_of(value) else 0
         (fresh if isinstance(node, ValueNode) and not node.adopted else sizes).setdefault(
             id(owner_of(value)), nbytes
         )
@@ -229,6 +231,7 @@ def _whole(outline: Outline, program: Program) -> tuple[str, ...]:
             layouts, result = outline.layouts(step), outline.info[step].layout
             # Not those that only are so because there is room.
             by_blocks = step.op.family == "view" or way(step, layouts, result) is not None
+            by_blocks = by_blocks or step.op is HEADER  # which looks at no voxel
             if not by_blocks and is_large(layouts, result):
                 size = max((item.nbytes for item in layouts if item is not None), default=0)
                 operations[_told(step)] = max(size, operations.get(_told(step), 0))

@@ -283,13 +283,20 @@ def _lowest_peak_first(outline: Outline) -> _Order:
         size[step] = 0 if layout is None else layout.nbytes
         operands = [n for n in dict.fromkeys(outline.operands(step)) if n in size]
         operands.sort(key=lambda node: size[node] - peak[node])
-        held = most = 0
+        held = 0
+        most = size[step] + _loaded(outline.operands(step))
         for node in operands:
             most = max(most, held + peak[node])
             held += size[node]
         order[step] = operands
         peak[step] = max(most, held + size[step])
     return order
+
+
+def _loaded(operands: Iterable[Node]) -> int:
+    """The bytes of files that have to be in memory as a whole."""
+    files = {node.key for node in operands if isinstance(node, FileNode)}
+    return sum(key.estimate()[0] for key in files if not key.probe().in_blocks)
 
 
 def _latest_last(outline: Outline) -> _Order:

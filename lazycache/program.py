@@ -27,6 +27,7 @@ from .memory import usable_cpus
 from .outline import Outline
 from .source import Key
 from .spaces import Space, Way, boundaries, period, takes_memory, way
+from .volume_operators import gives_same_over
 
 # Elements of a block, at most: what a step works on stays in the processor's cache.
 BLOCK = 1 << 17
@@ -470,7 +471,10 @@ def heir_of(
             operand in own
             and left[operand] == 1
             and outline.operands(step).count(operand) == 1
-            and (inplace or outline.info[operand].layout == result)
+            and ((inplace and not result.kind) or outline.info[operand].layout == result)
         ):
+            if result.kind and not inplace:
+                first = operand is operands[0]
+                return operand if first and gives_same_over(step, outline.layouts(step)) else None
             return operand
     return None

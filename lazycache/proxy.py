@@ -16,9 +16,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
+from . import _aims, execute
 from . import cache as caches
-from . import execute
 from ._buffers import LARGE
+from ._volumes import kind_of
 from .arraylike import ArrayLike
 from .cache import DataCache
 from .expression import (
@@ -35,6 +36,7 @@ from .expression import (
 from .inputs import path_of, value_node
 from .layout import layout_of
 from .outline import file_info
+from .readers import named
 from .recipe import pack, unpack
 from .saving import ImageFile, check_files, save
 from .sizes import nbytes_of
@@ -112,6 +114,7 @@ class LazyReadData(ArrayLike):
             options["allocator_context"] = allocator_context
         if reader is None:
             reader = self._default_reader
+        self.reader = reader = named(reader, path, options, dtype)
         if _overridden(type(self)):
             reader, options = _Override(type(self), self.__dict__), {}
         key = file_key(path, reader, options, dtype)
@@ -272,7 +275,10 @@ class LazyReadData(ArrayLike):
     def header(self) -> Any:
         """A copy of the header of the file, or of the first operand that has one."""
         info = self._info()
-        own = None if info.header is not None or info.layout is not None else self.data
+        told = info.layout is not None and not info.layout.kind
+        own = None if info.header is not None or told else self.data
+        if own is not None and _aims.kind_of(own):
+            return _aims.attribute(own, "header")
         return copy.deepcopy(info.header if own is None else getattr(own, "header", None))
 
     def _told(self, name: str) -> Any:
@@ -323,7 +329,8 @@ class LazyReadData(ArrayLike):
         if hasattr(type(self), name):
             # Python asks here when a property raised an AttributeError, which it dropped.
             raise AttributeError(f"{name!r} of {self!r} can't be had")
-        return getattr(self.data, name)
+        data = self.data
+        return _aims.attribute(data, name) if _aims.kind_of(data) else getattr(data, name)
 
     def __repr__(self) -> str:
         node = self._node
@@ -332,7 +339,9 @@ class LazyReadData(ArrayLike):
             return f"<{type(self).__name__} {node.key.name!r}, {state}>"
         if isinstance(node, ValueNode):
             layout = layout_of(node.value)
-            kind = type(node.value).__name__ if layout is None else f"{layout.dtype} {layout.shape}"
+            kind = type(node.value).__name__
+            if layout is not None:
+                kind = f"{layout.kind or layout.dtype} {layout.shape}"
             return f"<{type(self).__name__} of {kind} in memory>"
         state = "computed" if self.loaded() else "not computed"
         return f"<{type(self).__name__} of {describe(node)}, {state}>"
@@ -395,7 +404,9 @@ class LazyReadData(ArrayLike):
         Small ones from when it is computed: to charge one costs more than to make it.
         """
         for part in (node, *node.operands):
-            if isinstance(part, ValueNode) and getattr(part.value, "nbytes", 0) >= LARGE:
+            if isinstance(part, ValueNode) and (
+                getattr(part.value, "nbytes", 0) >= LARGE or kind_of(part.value)
+            ):
                 execute.adopt(part, self._use())
         return node
 
@@ -416,7 +427,11 @@ class LazyReadData(ArrayLike):
     def _is_array(self) -> bool:
         if self._info().layout is not None:
             return True
-        return isinstance(self.data, np.ndarray | np.generic)
+        return layout_of(self.data) is not None
+
+    def _kind(self) -> str:
+        layout = self._info().layout
+        return "" if layout is None else layout.kind
 
     def _use(self) -> DataCache:
         return caches.cache_for(self._cache, self._made_in)

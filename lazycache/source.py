@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from . import _buffers
+from . import _aims, _buffers
 from ._parts import forward, index_text, normalise, sliced_affine
 from .errors import FileChangedError, ReadError
 from .readers import Reader, as_reader, reader_for
@@ -263,7 +263,10 @@ class FileKey(Key):
         known = self._known
         if known is None:
             reader = self._reader()
-            probe = self._adapt(reader, reader.probe(self.path, **self.options))
+            probe = reader.probe(self.path, **self.options)
+            if probe.kind and self.dtype is not None:
+                probe = reader.probe(self.path, dtype=self.dtype, **self.options)
+            probe = self._adapt(reader, probe)
             known = self._known = _Known(_fingerprint(probe.files), probe)
         return known
 
@@ -276,6 +279,8 @@ class FileKey(Key):
             probe = replace(probe, in_blocks=False)
         if shape is None or dtype is None or (self.part is None and self.dtype is None):
             return probe
+        if self.part is None and probe.kind:
+            return probe  # converted by its reader
         transient = max(0, probe.peak_nbytes - probe.nbytes)
         whole = probe.nbytes
         if self.part is not None:
@@ -301,6 +306,7 @@ class FileKey(Key):
             peak_nbytes=nbytes + transient,
             affine=affine,
             dtype_reason=reason,
+            kind="",
         )
 
     def _check(self, known: _Known) -> None:
@@ -373,7 +379,7 @@ def file_key(
     """
     path = os.path.abspath(os.fspath(path))
     resolved = None if reader is None else as_reader(reader, path)
-    wanted = None if dtype is None else np.dtype(dtype)
+    wanted = None if dtype is None else _aims.as_dtype(dtype)
     recipe = (path, resolved, _freeze(options or {}), wanted, _freeze(part))
     with _keys_lock:
         key = _keys.get(recipe)

@@ -84,6 +84,8 @@ def way(step: OpNode, layouts: Sequence[Layout | None], result: Layout | None) -
     known = [layout for layout in layouts if layout is not None and not layout.dtype.hasobject]
     if result is None or not known or len(known) < len(layouts):
         return None
+    if step.op.own and any(layout.kind for layout in (*known, result)):
+        return None
     if step.op.family == "reduce":
         return _reducing(step, known, result)
     if result.scalar or not _by_element(step):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ._cycles import served
 from ._flight import name_file
 from ._tasks import Task, Threads, end_all
+from ._volumes import array_of
 from .cache import DataCache
 from .expression import FileNode, Node, OpNode, fill
 from .outline import Outline, annotate
@@ -170,6 +171,7 @@ class BlockRun:
                 self.rows[node, period] = self._operand(values[node], period)
 
     def _operand(self, value: Any, period: int) -> Any:
+        value = array_of(value)
         if not isinstance(value, np.ndarray):
             return value
         whole = row(value)

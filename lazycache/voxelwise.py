@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .expression import Info, Node, Op, OpNode, Slot
-from .folds import check_shapes
+from .folds import check_shapes, in_volume
 from .layout import Layout, dense
 
 # The function is tried on as many made-up voxels, to see what it gives.
@@ -42,7 +42,8 @@ class MapVoxels:
         args = (slots, Slot(count)) if self.masked else (slots,)
         name = getattr(self.function, "__name__", "function")
         op = Op(name, call, into=call.into)
-        return OpNode(op, node.operands, args, None, node.location, "ignore")
+        result = OpNode(op, node.operands, args, None, node.location, "ignore")
+        return result if several else in_volume(node, result, infos)
 
     def _sample(self, dtypes: list[np.dtype[Any]]) -> NDArray[Any]:
         random = np.random.default_rng(0).random((len(dtypes), _SAMPLE)) * 100

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ._frames import warn
+from ._volumes import array_of
 from .errors import IntegerWrapWarning
 from .expression import FileNode, Node, OpNode, ValueNode, fill
 from .layout import infer, layout_of
@@ -58,13 +59,14 @@ class Bounds:
 
     def _images(self, node: Node) -> int:
         if isinstance(node, ValueNode):
-            return int(isinstance(node.value, np.ndarray) and node.value.ndim > 0)
+            return int(np.ndim(array_of(node.value)) > 0)
         return 1 if isinstance(node, FileNode) else self.images.get(node, 0)
 
     def _bounds(self, argument: Any, fresh: bool) -> Any:
         if not isinstance(argument, tuple):
             return (argument, argument) if isinstance(argument, int | np.integer) else None
         node, value = argument
+        value = array_of(value)
         if fresh or node not in self.known:
             if not isinstance(value, np.ndarray) or value.dtype.kind not in "iub" or not value.size:
                 return None

@@ -93,7 +93,8 @@ class _Gis:
     def write(self, volume: VolumeBase, path: str) -> None:
         fields = fields_of(volume.header())
         steps = " ".join(
-            f"-d{axis} {size:.15g}" for axis, size in zip("xyzt", fields["voxel_size"], strict=True)
+            f"-d{axis} {size:.15g}"
+            for axis, size in zip("xyzt", fields["voxel_size"], strict=False)
         )
         with open(path, "wb") as file:
             file.write(np.asarray(volume).tobytes(order="F"))
