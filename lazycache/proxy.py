@@ -72,6 +72,9 @@ class LazyReadData(ArrayLike):
 
     filename: str | None
 
+    # The reader of files for which none is given; None chooses it by the file.
+    _default_reader: Any = None
+
     def __init__(
         self,
         data_or_filename: Any,
@@ -109,6 +112,8 @@ class LazyReadData(ArrayLike):
         options = {**(read_options or {}), **kwargs}
         if allocator_context is not None:
             options["allocator_context"] = allocator_context
+        if reader is None:
+            reader = self._default_reader
         self.reader = reader = named(reader, path, options, dtype)
         if _overridden(type(self)):
             reader, options = _Override(type(self), self.__dict__), {}
@@ -179,8 +184,9 @@ class LazyReadData(ArrayLike):
         if self._node is not _LOADING:
             return self.data
         options = {**(self.read_options or {}), **self.kwargs}
+        reader = self._default_reader if self.reader is None else self.reader
         assert self.filename is not None
-        self.data = file_key(self.filename, self.reader, options).load()
+        self.data = file_key(self.filename, reader, options).load()
         return self.data
 
     def _lazy_read(self) -> Any:
@@ -367,8 +373,13 @@ class LazyReadData(ArrayLike):
 
     # What the operators need
 
+    @classmethod
+    def _plain(cls) -> type[LazyReadData]:
+        """The class of what is computed from proxies of this one."""
+        return LazyReadData
+
     def _derive(self, node: Node) -> Any:
-        other = object.__new__(LazyReadData)
+        other = object.__new__(self._plain())
         other._cache, other._grid = self._cache, self._grid
         other._made_in = self._made_in
         other._stand_for(self._charged(node))
