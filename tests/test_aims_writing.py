@@ -24,16 +24,19 @@ def folder(aims: Any, tmp_path: Path) -> Folder:
 
 @pytest.mark.parametrize("name", ["out.ima", "out.nii", "out.nii.gz"])
 def test_a_result_is_saved_by_aims_with_its_header(folder: Folder, name: str) -> None:
-    a, b = folder.proxy(counting("int16"), "left"), folder.proxy(counting("int16"), "right")
+    left = folder.volume(counting("int16"))
+    left.header()["voxel_size"] = [2.0, 3.0, 4.0, 1.0]
+    folder.aims.write(left, str(folder.path / "left.ima"))
+    a, b = LazyReadData(folder.path / "left.ima"), folder.proxy(counting("int16"))
     target = folder.path / name
     (a * 2 + b).save(target)
     again = folder.aims.read(str(target))
     same(again, folder.plain(a) * 2 + folder.plain(b))
-    assert again.header()["subject"] == "left"
+    assert list(again.header()["voxel_size"]) == [2.0, 3.0, 4.0, 1.0]
     lc.save_all({target: lc.mean([a, b])}, dtype="float32")
     again = LazyReadData(target, reader="aims")
     same(again.data, folder.volume(counting("float32")))
-    assert sorted(os.listdir(folder.path))[0] != ".lazycache"
+    assert not [name for name in os.listdir(folder.path) if name.startswith(".lazycache")]
 
 
 def test_the_type_on_disk_is_converted_and_never_wraps(folder: Folder) -> None:
@@ -41,7 +44,7 @@ def test_the_type_on_disk_is_converted_and_never_wraps(folder: Folder) -> None:
     (a + 0.25).save(folder.path / "out.ima", dtype="int16")
     again = folder.aims.read(str(folder.path / "out.ima"))
     same(again, folder.volume(np.rint(counting("float32") * 1.4 + 0.25).astype("int16")))
-    with pytest.raises(WriteError, match="int8|uint8"):
+    with pytest.raises(WriteError, match="uint8"):
         (a * 1000).save(folder.path / "out.ima", dtype="uint8")
     with pytest.raises(WriteError, match="float16"):
         a.save(folder.path / "out.ima", dtype="float16")
@@ -115,7 +118,7 @@ def test_a_failure_of_aims_leaves_what_was_there(
 
 
 def test_without_aims_its_formats_are_refused(no_aims: None, tmp_path: Path) -> None:
-    with pytest.raises(WriteError, match="soma.aims isn't installed"):
+    with pytest.raises(WriteError, match=r"soma\.aims isn't installed"):
         (LazyReadData(np.ones((4, 4, 4))) + 1).save(tmp_path / "out.ima")
 
 
