@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from . import execute, writing
+from . import _aims, aims_writing, execute, writing
+from ._volumes import array_of, kind_of
 from .cache import DataCache, forget_file
 from .errors import WriteError
 from .execute import Computed
@@ -45,12 +46,14 @@ class ImageFile:
     def check(self, inputs: list[str]) -> None:
         """Raise `WriteError` if nothing can be written there, or it is one of ``inputs``."""
         self._inputs = inputs
-        writing.check_output(self.path, inputs)
+        check_path(self.path, inputs)
 
     def takes(self, info: Info) -> bool:
         self._info = info
         layout, order = info.layout, _order(info.layout)
-        if order is None:
+        if layout is not None:
+            aims_writing.check_kind(self.path, layout.kind)
+        if order is None or layout.kind:
             return False
         dtype = self._stored(layout.dtype)
         if not writing.can_stream(self.path, layout.shape, layout.dtype, order, dtype):
@@ -91,6 +94,13 @@ class ImageFile:
         """Write all of ``value``, unless that was done while it was computed."""
         if self._finished:
             return
+        kind = _aims.kind_of(value)
+        aims_writing.check_kind(self.path, kind)
+        if kind and aims_writing.takes(self.path, kind):
+            self._write_by_aims(value)
+            return
+        if kind:
+            value = _image(array_of(value))
         if not isinstance(value, np.ndarray | np.generic):
             raise TypeError(
                 f"{self.path}: the result is no array, but a {type(value).__name__}: only arrays "
@@ -112,12 +122,27 @@ class ImageFile:
         )
         self._done()
 
+    def _write_by_aims(self, value: Any) -> None:
+        dtype = self.dtype
+        if kind_of(value):
+            array = array_of(value)
+            dtype = self._stored(array.dtype)
+            if self._each is not None:
+                self._each(array)
+        aims_writing.write(self.path, value, dtype)
+        self._done()
+
     def _stored(self, dtype: np.dtype[Any]) -> Any:
         return self.floats if self.dtype is None and dtype.kind == "f" else self.dtype
 
     def _done(self) -> None:
         self._finished = True
         forget_file(self.path)
+
+
+def check_path(path: str, inputs: Iterable[str]) -> None:
+    """Raise `WriteError` if nothing can be written there, or it is one of ``inputs``."""
+    writing.check_output(path, inputs, aims_writing.writer_for(path))
 
 
 def check_files(files: Iterable[ImageFile], roots: Iterable[Node]) -> None:
@@ -152,6 +177,14 @@ def save(
         if file is not None:
             file.write_whole(value)
     return computed
+
+
+def _image(array: NDArray[Any]) -> NDArray[Any]:
+    """The array of a volume, which has four axes always, without those of one element behind z."""
+    axes = array.ndim
+    while axes > 3 and array.shape[axes - 1] == 1:
+        axes -= 1
+    return array.reshape(array.shape[:axes], order="F")
 
 
 def _order(layout: Layout | None) -> Any:

@@ -26,7 +26,7 @@ from lazycache.errors import WriteError
 BLOCK_NBYTES = 512 << 10  # of an array, put in the order of the file
 CHUNK_NBYTES = 2 << 20  # compressed at once
 EXTENSIONS = (".nii.gz", ".nii", ".img", ".hdr", ".mgz", ".mgh", ".npy")
-_PAIR = {".img": ".hdr", ".hdr": ".img"}
+_PAIR = {".img": ".hdr", ".hdr": ".img", ".ima": ".dim", ".dim": ".ima"}
 _INT32 = np.iinfo(np.int32)
 _COMPRESSOR_NBYTES = 1 << 20  # its tables, and what it keeps of what came before
 
@@ -74,9 +74,9 @@ def write_image(
     array = np.asarray(data)
     _check_type(array.dtype, target)
     if writer is not None:
-        with _told(target), Scratch(target) as scratch:
-            writer(scratch.path, _converted(array, dtype, target), affine, header)
-            _move(scratch, target)
+        with told(target), Scratch(target) as scratch:
+            writer(scratch.path, converted(array, dtype, target), affine, header)
+            move(scratch, target)
         return
     fortran = True
     if _is_npy(target):
@@ -180,7 +180,7 @@ class ImageStream:
 
     def __enter__(self) -> ImageStream:
         try:
-            with _told(self._target):
+            with told(self._target):
                 self._scratch.__enter__()
                 self._begin()
         except BaseException:
@@ -214,7 +214,7 @@ class ImageStream:
         left, self._left = self._left - values.size, -1  # until this is over
         if left < 0:
             raise ValueError(f"{self._target}: more values than announced, or after an error")
-        with _told(self._target):
+        with told(self._target):
             for piece in self._conversion.convert(values):
                 data = np.ascontiguousarray(piece).view(np.uint8)
                 if self._behind is not None:
@@ -231,14 +231,14 @@ class ImageStream:
         if self._left:
             raise ValueError(f"{self._target}: not all of its voxels were written")
         self._left = -1
-        with _told(self._target):
+        with told(self._target):
             if self._behind is not None:
                 self._behind.finish()
             self._conversion.check()
             self._form.end(self._open[-1])
             for file in reversed(self._open):
                 file.close()
-            _move(self._scratch, self._target)
+            move(self._scratch, self._target)
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -301,7 +301,7 @@ def _same_file(first: str, second: str) -> bool:
 
 
 @contextmanager
-def _told(target: str) -> Iterator[None]:
+def told(target: str) -> Iterator[None]:
     """What goes wrong with files is told as a WriteError of ``target``."""
     try:
         yield
@@ -313,7 +313,7 @@ def _told(target: str) -> Iterator[None]:
         raise WriteError(f"{target}: can't be written: {reason}{advice}") from error
 
 
-def _move(scratch: Scratch, target: str) -> None:
+def move(scratch: Scratch, target: str) -> None:
     """Put the new files in their places, first those beside ``target``.
 
     A ``.hdr`` comes last, as it is the one that tells readers what the others are.
@@ -500,7 +500,7 @@ def _types_of(header_class: Any) -> str:
 # -- arrays ---------------------------------------------------------------------------------------
 
 
-def _converted(array: NDArray[Any], dtype: DTypeLike | None, target: str) -> NDArray[Any]:
+def converted(array: NDArray[Any], dtype: DTypeLike | None, target: str) -> NDArray[Any]:
     """``array`` as ``dtype``, or itself when none is asked for."""
     if dtype is None or np.dtype(dtype) == array.dtype:
         return array

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 
 from lazycache import config, execute
+from lazycache.aims_writing import is_for_aims
 from lazycache.cache import DataCache
 from lazycache.errors import BudgetExceededError, WriteError
 from lazycache.expression import Node
 from lazycache.formula import Formula
 from lazycache.plan import Plan, plan_of
 from lazycache.proxy import LazyReadData
-from lazycache.saving import ImageFile, check_files, save
+from lazycache.saving import ImageFile, check_files, check_path, save
 from lazycache.sizes import format_size
 from lazycache.stats import Event
-from lazycache.writing import check_output
 
 from .inputs import Inputs, Output, read_eval
 from .terminal import UsageError, plural, progress, tell
@@ -97,10 +97,10 @@ def _check_files(inputs: Inputs, outputs: Sequence[Output], dtype: np.dtype[Any]
         if output.path is None:
             continue
         try:
-            check_output(output.path, inputs.paths())
+            check_path(output.path, inputs.paths())
         except WriteError as error:
             raise UsageError(str(error)) from None
-        if dtype is not None:
+        if dtype is not None and not is_for_aims(output.path):
             _check_dtype(output.path, dtype)
         path = os.path.realpath(output.path)
         if path in seen:
