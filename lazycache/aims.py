@@ -2,7 +2,7 @@
 
 ::
 
-    from lazycache.aims import LazyReadData, PreloadIterator, PreloadList
+    from lazycache.aims import LazyReadData, LazyResampleVolume, PreloadIterator, PreloadList
 
 They are lazycache's own, except that files are read by AIMS, whatever their format, so that data
 are AIMS objects, as they were. Importing this doesn't import AIMS; reading does.
@@ -11,10 +11,10 @@ are AIMS objects, as they were. Importing this doesn't import AIMS; reading does
 
 from __future__ import annotations
 
-from . import proxy
+from . import proxy, resampling
 from .preload import PreloadIterator, PreloadList
 
-__all__ = ["LazyReadData", "PreloadIterator", "PreloadList"]
+__all__ = ["LazyReadData", "LazyResampleVolume", "PreloadIterator", "PreloadList"]
 
 
 class LazyReadData(proxy.LazyReadData):
@@ -25,3 +25,7 @@ class LazyReadData(proxy.LazyReadData):
     @classmethod
     def _plain(cls) -> type[LazyReadData]:
         return LazyReadData
+
+
+class LazyResampleVolume(resampling.LazyResampleVolume, LazyReadData):
+    """`lazycache.LazyResampleVolume` of volumes that are read, and resampled, by AIMS."""

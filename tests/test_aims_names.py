@@ -18,7 +18,7 @@ import pytest
 from support import SOON, Gate, Running, preload_threads
 
 import lazycache as lc
-from lazycache.aims import LazyReadData, PreloadIterator, PreloadList
+from lazycache.aims import LazyReadData, LazyResampleVolume, PreloadIterator, PreloadList
 
 SHAPE = (128, 128, 128, 1)
 VOLUME = 4 * 128**3
@@ -63,6 +63,8 @@ def test_the_signatures_are_those_that_programs_call() -> None:
         PreloadIterator: ["iterable", "npreload"],
         PreloadList: ["iterable", "npreload"],
     }
+    names[LazyResampleVolume] = [*names[LazyReadData], "dtype", "transform", "dims", "vox_size"]
+    names[LazyResampleVolume] += ["resampling_order", "default_value"]
     for kind, expected in names.items():
         assert list(inspect.signature(kind).parameters)[: len(expected)] == expected
     defaults = inspect.signature(LazyReadData).parameters
@@ -153,6 +155,25 @@ def test_a_proxy_pickles_as_its_recipe(small: list[str]) -> None:
     assert type(again) is LazyReadData
     assert again.nops == 2
     assert holds(again.data, 4)
+
+
+def test_resampled_volumes_are_averaged(aims: Any, tmp_path: Path, small: list[str]) -> None:
+    shift = str(tmp_path / "shift.trm")
+    Path(shift).write_text("1 0 0\n1 0 0\n0 1 0\n0 0 1\n")
+    rvols = [
+        LazyResampleVolume(
+            f, transform=t, nops=1, dims=(4, 4, 3, 1), vox_size=(1, 1, 1, 1), dtype="FLOAT"
+        )
+        for f, t in zip(small[:2], (shift, [shift]), strict=True)
+    ]
+    assert all(isinstance(volume, LazyReadData) for volume in rvols)
+    res = sum(rvols) / len(rvols)
+    assert isinstance(res, LazyReadData)
+    assert type(res.data).__name__ == "Volume_FLOAT"
+    values = np.asarray(res.data)[..., 0]
+    assert values.shape == (4, 4, 3)
+    assert (values[1:3, :3, :2] == 1.5).all()
+    assert (values[0] == 0).all()
 
 
 # -- the faults of the original ------------------------------------------------------------------
