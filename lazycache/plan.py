@@ -298,5 +298,5 @@ def _times(count: int, word: str) -> str:
 
 def _enough(nbytes: int) -> str:
     """``nbytes`` for people, as a budget that they can write: never less than it."""
-    text = format_size(nbytes)
-    return text if parse_size(text) >= nbytes else format_size(nbytes + nbytes // 100)
+    texts = (format_size(nbytes + nbytes // part) for part in (nbytes + 1, 1000, 500, 200, 100))
+    return next(text for text in texts if parse_size(text) >= nbytes)

@@ -14,6 +14,7 @@ import os
 import pickle
 import queue
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -428,6 +429,84 @@ def test_all_pairs_read_within_a_tenth_of_the_least(
 def test_few_pairs_take_one_read_more_than_the_least_at_most(count: int, room: int) -> None:
     fewest = fewest_for_pairs(count, room)
     assert least_for_pairs(count, room) <= fewest <= walk_pairs(count, room, 0)[0] <= fewest + 1
+
+
+@st.composite
+def volumes_of_sizes(draw: Any) -> tuple[list[int], list[int], int, int | None]:
+    """Sizes in units of some volumes, and of others; how much room there is, and npreload."""
+    sizes = st.lists(st.integers(1, 5), max_size=12)
+    some, others = draw(sizes), draw(st.just([]) | sizes)
+    least = 2 * max(some + others, default=1)
+    room = draw(st.integers(least, max(least, sum(some + others)) + 1))
+    return some, others, room, draw(st.sampled_from([None, 0, 1, 5]))
+
+
+def test_all_pairs_come_once_with_their_values(storm: Any) -> None:
+    @storm(volumes_of_sizes(), st.booleans(), share=0.3)
+    def check(case: tuple[list[int], list[int], int, int | None], repeated: bool) -> None:
+        some, others, room, npreload = case
+        sizes = some + others
+        all_of_them = make(len(sizes), Numbered(lambda number: sizes[number]))
+        volumes, more = all_of_them[: len(some)], all_of_them[len(some) :]
+        if repeated and volumes:
+            volumes.append(volumes[0])
+        expected: list[tuple[Any, Any]]
+        if others:
+            expected = list(itertools.product(volumes, more))
+        else:
+            expected = list(itertools.combinations(volumes, 2))
+        with DataCache(room * UNIT, strict=True) as cache:
+            walk = lc.pairs(volumes, more or None, npreload=npreload)
+            seen = []
+            for a, b in walk:
+                for one in (a, b):
+                    number = number_of(one.filename)
+                    assert one.data.tobytes() == bytes([number]) * (sizes[number] * UNIT)
+                seen.append((id(a), id(b)))
+            assert Counter(seen) == Counter((id(a), id(b)) for a, b in expected)
+            assert cache.stats().peak_bytes <= cache.budget
+            assert cache.stats().loads <= 2 * len(expected)
+
+
+def test_rounds_in_any_order_give_each_item_once_a_round(storm: Any) -> None:
+    orders = st.sampled_from(["given", "any"])
+    kinds = st.lists(st.sampled_from(["one", "pair", "named", "number"]), max_size=14)
+    preloads = st.sampled_from([0, 1, 2, 8])
+
+    @storm(kinds, orders, preloads, st.integers(2, 20), st.integers(1, 4), share=0.3)
+    def check(kinds: list[str], order: Any, npreload: int, room: int, rounds: int) -> None:
+        sizes = [1 + number % 2 for number in range(len(kinds) + 1)]
+        volumes = make(len(sizes), Numbered(lambda number: sizes[number]))
+        items: list[Any] = []
+        for at, kind in enumerate(kinds):
+            one, other = volumes[at], volumes[(at * 3 + 1) % len(volumes)]
+            items.append(
+                {"one": one, "pair": (one, other), "named": {"a": one, "b": other}, "number": at}[
+                    kind
+                ]
+            )
+        with DataCache(max(room, 4) * UNIT, strict=True) as cache:
+            loop = PreloadList(items, npreload, order)
+            for _ in range(rounds):
+                before, seen = cache.stats(), []
+                there = [cache.holds(volume._node.key) for volume in volumes]  # type: ignore[union-attr]
+                for item in loop:
+                    proxies = item.values() if isinstance(item, dict) else item
+                    proxies = (proxies,) if isinstance(item, LazyReadData) else proxies
+                    for one in proxies if not isinstance(item, int) else ():
+                        number = number_of(one.filename)
+                        assert one.data.tobytes() == bytes([number]) * (sizes[number] * UNIT)
+                    seen.append(id(item))
+                assert Counter(seen) == Counter(map(id, items))
+                if order == "given":
+                    assert seen == [id(item) for item in items]
+                elif all(kind == "one" for kind in kinds):
+                    first = [at for at in range(len(items)) if there[at]]
+                    assert seen[: len(first)] == [id(items[at]) for at in first]
+                stats = cache.stats()
+                assert stats.peak_bytes <= cache.budget
+                assert stats.overcommits == 0
+                assert (stats - before).loads <= 2 * len(items)
 
 
 def test_a_place_is_left_for_the_next_volume_where_that_costs_little() -> None:

@@ -23,7 +23,7 @@ from lazycache.cache import DataCache
 from lazycache.errors import BudgetExceededError, ShapeMismatchError
 from lazycache.execute import prepare
 from lazycache.memory import usable_cpus
-from lazycache.plan import Plan, explain, plan_of
+from lazycache.plan import Plan, _enough, explain, plan_of
 from lazycache.planning import Planner
 from lazycache.program import Manner, build
 from lazycache.proxy import LazyReadData
@@ -481,6 +481,16 @@ def test_the_budget_that_it_names_is_enough(folder: Path) -> None:
     for nbytes in (0, 1, 1023, 1024, 1029, 10_000, 1_047_552, 10**7 + 1, 10**12 + 1):
         plan = replace(plan, min_budget=nbytes)
         assert nbytes <= parse_size(plan.enough) <= 1.02 * nbytes
+
+
+@pytest.mark.parametrize("nbytes", [999, 1_000_001, 11_059_200, 10_486_000, (1 << 40) - 1])
+def test_a_budget_that_is_named_is_the_smallest_in_three_digits(nbytes: int) -> None:
+    text = _enough(nbytes)
+    number, unit = text.split()
+    assert parse_size(text) >= nbytes
+    digits = max(0, 2 - int(np.log10(float(number))))
+    less = f"{float(number) - 10.0**-digits:.{digits}f} {unit}"
+    assert parse_size(less) < nbytes
 
 
 def test_data_held_for_something_else_is_named(folder: Path) -> None:
