@@ -2,7 +2,8 @@
 
 The rules for dtypes, memory order and scalars are NumPy's own, and differ between its versions. So
 they aren't written down here: the operation is carried out on *miniatures*, arrays of the same
-dtypes and the same order of axes in memory, in which an axis of two or more has two. What comes
+dtypes and the same order of axes in memory, with gaps where those have some, in which an axis of
+two or more has two. What comes
 out tells the dtype, the order and the type of the result, or raises NumPy's own error. The shape
 follows from the real shapes by one rule for each family of operations.
 
@@ -73,6 +74,23 @@ def dense(shape: Shape, dtype: np.dtype[Any], order: str = "C") -> Layout:
     """The layout of a C- or Fortran-ordered array without gaps."""
     axes = range(len(shape)) if order == "C" else range(len(shape) - 1, -1, -1)
     return Layout(shape, _strides(shape, tuple(axes), dtype.itemsize), dtype)
+
+
+def has_gaps(layout: Layout) -> bool:
+    """Whether there is memory between the elements, or an axis that runs backwards."""
+    step = layout.dtype.itemsize
+    for axis in reversed(_axes(layout.strides)):
+        if layout.shape[axis] > 1:
+            if layout.strides[axis] != step:
+                return True
+            step *= layout.shape[axis]
+    return False
+
+
+def without_gaps(layout: Layout) -> Layout:
+    """The layout of a copy in the same order of axes in memory."""
+    strides = _strides(layout.shape, _axes(layout.strides), layout.dtype.itemsize)
+    return layout._replace(strides=strides)
 
 
 def infer(
@@ -163,7 +181,13 @@ class _Outcome(NamedTuple):
     scalar: bool
 
 
-_Miniature = tuple[Shape, tuple[int, ...], np.dtype[Any], bool]
+class _Miniature(NamedTuple):
+    shape: Shape
+    axes: tuple[int, ...]  # from the largest stride to the smallest
+    dtype: np.dtype[Any]
+    scalar: bool
+    gaps: bool
+
 
 # Only ever read and written by single calls. Emptied when full, which forgets nothing of value.
 _outcomes: dict[Any, _Outcome | None] = {}
@@ -198,12 +222,14 @@ def _trial(
 
 def _miniature(layout: Layout) -> _Miniature:
     shape = tuple(1 if size == 1 else 2 for size in layout.shape)
-    return shape, _axes(layout.strides), layout.dtype, layout.scalar
+    return _Miniature(shape, _axes(layout.strides), layout.dtype, layout.scalar, has_gaps(layout))
 
 
 def _make(miniature: _Miniature) -> Any:
-    shape, axes, dtype, scalar = miniature
-    array = np.ones([shape[axis] for axis in axes], dtype)
+    shape, axes, dtype, scalar, gaps = miniature
+    array = np.ones([shape[axis] * (1 + gaps) for axis in axes], dtype)
+    if gaps:
+        array = array[(slice(None, None, 2),) * len(axes)]
     return array[()] if scalar else array.transpose(np.argsort(axes)) if axes else array
 
 
