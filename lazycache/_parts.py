@@ -59,6 +59,16 @@ def forward(index: Index) -> tuple[Index, Index]:
     return tuple(onward), tuple(flips)
 
 
+def backwards(part: tuple[Any, ...], ndim: int) -> tuple[bool, ...]:
+    """Which of the ``ndim`` axes that ``part`` leaves run from the last voxel to the first."""
+    at = next((i for i, item in enumerate(part) if item is Ellipsis), len(part))
+    left, right = (
+        [(item.step or 1) < 0 for item in items if isinstance(item, slice)]
+        for items in (part[:at], part[at + 1 :])
+    )
+    return (*left, *[False] * (ndim - len(left) - len(right)), *right)
+
+
 def sliced_affine(
     affine: NDArray[np.float64] | None, index: tuple[Any, ...], shape: tuple[int, ...]
 ) -> NDArray[np.float64] | None:

@@ -2,10 +2,11 @@
 
 The rules for dtypes, memory order and scalars are NumPy's own, and differ between its versions. So
 they aren't written down here: the operation is carried out on *miniatures*, arrays of the same
-dtypes and the same order of axes in memory, in which an axis of two or more has two. What comes
-out tells the dtype, the order and the type of the result, or raises NumPy's own error. The shape
-follows from the real shapes by one rule for each family of operations. Volumes of AIMS have
-operators of their own, which are tried on volumes of a few voxels in the same way.
+dtypes and the same order of axes in memory, with gaps where those have some, in which an axis of
+two or more has two. What comes out tells the dtype, the order and the type of the result, or raises
+NumPy's own error. The shape follows from the real shapes by one rule for each family of operations.
+Volumes of AIMS have operators of their own, which are tried on volumes of a few voxels in the same
+way.
 
 What was found is remembered by operation, constants and miniatures, so a chain of 100,000
 additions of one kind makes one trial.
@@ -96,6 +97,22 @@ def like(layout: Layout, dtype: np.dtype[Any]) -> Layout:
     """That of an array without gaps whose axes lie in memory in the order of ``layout``."""
     shape = layout.shape
     return Layout(shape, _strides(shape, _axes(layout.strides), dtype.itemsize), dtype)
+
+
+def has_gaps(layout: Layout) -> bool:
+    """Whether there is memory between the elements, or an axis that runs backwards."""
+    step = layout.dtype.itemsize
+    for axis in reversed(_axes(layout.strides)):
+        if layout.shape[axis] > 1:
+            if layout.strides[axis] != step:
+                return True
+            step *= layout.shape[axis]
+    return False
+
+
+def without_gaps(layout: Layout) -> Layout:
+    """The layout of a copy in the same order of axes in memory."""
+    return like(layout, layout.dtype)
 
 
 def infer(
@@ -207,7 +224,14 @@ class _Outcome(NamedTuple):
     kind: str
 
 
-_Miniature = tuple[Shape, tuple[int, ...], np.dtype[Any], bool, str]
+class _Miniature(NamedTuple):
+    shape: Shape
+    axes: tuple[int, ...]  # from the largest stride to the smallest
+    dtype: np.dtype[Any]
+    scalar: bool
+    gaps: bool
+    kind: str
+
 
 # Only ever read and written by single calls. Emptied when full, which forgets nothing of value.
 _outcomes: dict[Any, _Outcome | None] = {}
@@ -245,12 +269,21 @@ def _trial(
 
 def _miniature(layout: Layout) -> _Miniature:
     shape = tuple(1 if size == 1 else 2 for size in layout.shape)
-    return shape, _axes(layout.strides), layout.dtype, layout.scalar, layout.kind
+    return _Miniature(
+        shape,
+        _axes(layout.strides),
+        layout.dtype,
+        layout.scalar,
+        has_gaps(layout),
+        layout.kind,
+    )
 
 
 def _make(miniature: _Miniature) -> Any:
-    shape, axes, dtype, scalar, kind = miniature
-    array = np.ones([shape[axis] for axis in axes], dtype)
+    shape, axes, dtype, scalar, gaps, kind = miniature
+    array = np.ones([shape[axis] * (1 + gaps) for axis in axes], dtype)
+    if gaps:
+        array = array[(slice(None, None, 2),) * len(axes)]
     if kind:
         return _volumes.make(array.transpose(np.argsort(axes)))
     return array[()] if scalar else array.transpose(np.argsort(axes)) if axes else array

@@ -23,7 +23,7 @@ import numpy as np
 
 from . import operations as ops
 from ._frames import warn
-from ._parts import sliced_affine
+from ._parts import backwards, sliced_affine
 from ._volumes import is_known
 from .axes import along_slowest
 from .errors import (
@@ -34,6 +34,7 @@ from .errors import (
     ShapeMismatchError,
 )
 from .expression import (
+    ONE,
     FileNode,
     Info,
     Node,
@@ -44,7 +45,7 @@ from .expression import (
     walk,
 )
 from .grid import aligned_shapes, check_grids, listed, same_grid, says_place
-from .layout import Layout, dense, hashable, infer, layout_of
+from .layout import Layout, dense, has_gaps, hashable, infer, layout_of, without_gaps
 from .source import FileKey, Key
 
 _PROBING_THREADS = 8
@@ -141,7 +142,8 @@ class Outline:
                 operands = node.operands
                 if stand_ins and not stand_ins.keys().isdisjoint(operands):
                     operands = self._operands[node] = tuple(map(self.stand_in, operands))
-                other = self._expansion(node) if node.op.family in _EXPANDED else None
+                expands = node.op.family in _EXPANDED or node.op is ops.ROUND
+                other = self._expansion(node) if expands else None
                 other = other or self._take_step(node, operands)
             if other is not None:
                 stand_ins[node] = other
@@ -223,11 +225,50 @@ class Outline:
             return self._expand(node)
         if not node.operands:
             return None
+        if node.op is ops.ROUND:
+            return self._rounding(node)
         data = self.info[node.operands[0]].layout
         # Of all of a volume of AIMS it may be a method of its own.
         if data is None or (data.kind and (node.kwargs or {}).get("axis") is None):
             return None
         return along_slowest(node, data)
+
+    def _rounding(self, node: OpNode) -> Node | None:
+        """A chain for data that have gaps in NumPy, where that makes another memory order.
+
+        Here they may have none: slices may be copies, and parts of files are read without gaps.
+        """
+        layout = self._in_numpy(node.operands[0])
+        if layout is None or layout.dtype.hasobject or not has_gaps(layout):
+            return None
+        orders = [
+            infer(node.op, node.args, dict(node.kwargs or {}), [one])
+            for one in (layout, without_gaps(layout))
+        ]
+        if orders[0] == orders[1]:
+            return None
+        sorted_ = {"dtype": layout.dtype, "order": "C"}
+        copy = OpNode(ops.COPY, node.operands, ONE, sorted_, node.location, "ignore")
+        return OpNode(node.op, (copy,), node.args, node.kwargs, node.location, "ignore")
+
+    def _in_numpy(self, node: Node) -> Layout | None:
+        """The layout that NumPy gives the data: that of a view where ours may be a copy."""
+        views: list[OpNode] = []
+        while isinstance(node, OpNode) and node.op.family == "view" and node not in self.values:
+            views.append(node)
+            node = node.operands[0]
+        info: Info | None = self.info.get(node)
+        if isinstance(node, FileNode) and node.whole is not None:
+            views.append(OpNode(ops.GETITEM, (node.whole,), (Slot(0), node.index)))
+            info = file_info(node.whole.key)
+        elif isinstance(node, OpNode) and node in self.values:
+            info = node.info
+        layout: Layout | None = None if info is None else info.layout
+        for view in reversed(views):
+            if layout is None:
+                return None
+            layout = infer(view.op, view.args, dict(view.kwargs or {}), [layout])
+        return layout
 
     def _expand(self, node: OpNode) -> Node:
         infos = [self.info[operand] for operand in node.operands]
@@ -350,6 +391,9 @@ def file_info(key: FileKey) -> Info:
     known = not probe.kind or is_known(probe.kind)
     if probe.shape is not None and probe.dtype is not None and known:
         layout = dense(probe.shape, probe.dtype, probe.order, probe.kind)
+        if key.part is not None:
+            turned = zip(layout.strides, backwards(key.part, len(probe.shape)), strict=True)
+            layout = layout._replace(strides=tuple(-s if back else s for s, back in turned))
     # Of an object the header is what its own method gives.
     return Info(layout, probe.affine, None if probe.kind else probe.header, key.title)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from expressions import facts
 from support import WHOLE
 
 from lazycache import _buffers, execute, needs
@@ -575,3 +576,46 @@ def test_constants_that_only_look_alike_are_told_apart(
     for result, constant in zip(compute(image * one, image * other), (one, other), strict=True):
         assert result.tobytes() == (data * constant).tobytes()
         assert result.dtype == (data * constant).dtype
+
+
+SLICES: dict[str, Any] = {
+    "gaps": np.s_[::2],
+    "few": np.s_[::4],
+    "few slices": np.s_[:, ::4],
+    "backwards": np.s_[::-1],
+    "backwards behind": np.s_[..., ::-1],
+    "one run": np.s_[..., 2:6],
+    "a plane": np.s_[:, 1],
+}
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["as it is", "transposed"])
+@pytest.mark.parametrize("index", SLICES.values(), ids=SLICES)
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(8, 9, 10), (64, 64, 40)], ids=["small", "large"])
+def test_slices_are_rounded_as_numpy_does_with_their_gaps(
+    shape, order, index, turned, tmp_path, cache
+):
+    whole = np.asarray(np.random.default_rng(0).random(shape, "f4") * 100, order=order)
+    np.save(tmp_path / "whole.npy", whole)
+    file = LazyReadData(tmp_path / "whole.npy", cache=cache)
+    computed = (file + 0)[index]
+    computed.data
+    for part in (file[index], (file + 0)[index], computed):
+        truth, part = (whole[index].T, part.T) if turned else (whole[index], part)
+        for decimals in (0, 1, -1):
+            assert facts(part.round(decimals).data) == facts(truth.round(decimals))
+        ints = (part.astype("i4").round(-1).data, truth.astype("i4").round(-1))
+        assert facts(ints[0]) == facts(ints[1])
+
+
+@pytest.mark.parametrize("index", [np.s_[::-1], np.s_[..., ::-1], np.s_[::-1, :, ::-1]])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_what_runs_backwards_is_added_up_as_numpy_does(order, index, tmp_path, cache):
+    whole = np.asarray(np.random.default_rng(0).random((64, 64, 40), "f4") * 100, order=order)
+    np.save(tmp_path / "whole.npy", whole)
+    file = LazyReadData(tmp_path / "whole.npy", cache=cache)
+    for part in (file[index], (file + 0)[index]):
+        assert facts(part.sum()) == facts(whole[index].sum())
+        assert facts(part.std()) == facts(whole[index].std())
+        assert facts((part + 1).data) == facts(whole[index] + 1)
