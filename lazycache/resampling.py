@@ -123,7 +123,7 @@ class _Resample:
         [info] = infos
         layout = info.layout
         name = describe(node.operands[0])
-        if layout is None:  # a volume of AIMS, or what can't be resampled
+        if layout is None or layout.kind:  # a volume of AIMS, or what can't be resampled
             call = _ResampleObject(self.target, name)
             return OpNode(Op("resample", call), node.operands, ONE, None, node.location)
         nbytes, affine, header = layout.nbytes, info.affine, info.header
