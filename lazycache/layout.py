@@ -149,6 +149,9 @@ def infer(
 def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | None) -> int:
     """Bytes that NumPy takes while it computes, besides operands and result; an upper estimate."""
     name = node.op.name
+    told = getattr(node.op.call, "transient", None)
+    if told is not None:
+        return told  # type: ignore[no-any-return]
     if result is not None and result.kind and name in _volumes.BORROWING:
         return result.nbytes  # it is copied
     if node.op.elementwise and name != "**":
