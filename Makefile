@@ -39,6 +39,7 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.plans
 	$(BIN)/python -m benchmarks.passes
 	$(BIN)/python -m benchmarks.planning
+	$(BIN)/python -m benchmarks.resample
 	$(BIN)/python -m benchmarks.threads
 
 $(VENV)/dev: pyproject.toml

@@ -137,7 +137,7 @@ class _Known(NamedTuple):
 class FileKey(Key):
     """The data of a file, or a part of it, as one reader with one set of options reads it."""
 
-    __slots__ = ("_known", "dtype", "options", "part", "path", "reader")
+    __slots__ = ("_known", "dtype", "options", "part", "path", "reader", "title")
 
     def __init__(
         self,
@@ -147,13 +147,30 @@ class FileKey(Key):
         dtype: np.dtype[Any] | None,
         part: tuple[Any, ...] | None,
     ) -> None:
-        super().__init__(path if part is None else f"{path}[{index_text(part)}]")
+        # What a reader makes of a file may be something else than the file: it says so.
+        self.title = path + getattr(reader, "label", "")
+        super().__init__(self.title if part is None else f"{self.title}[{index_text(part)}]")
         self.path = path
         self.reader = reader
         self.options = MappingProxyType(dict(options))
         self.dtype = dtype
         self.part = part
         self._known: _Known | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return file_key, (self.path, self.reader, dict(self.options), self.dtype, self.part)
+
+    def anew(self, part: tuple[Any, ...] | None = None) -> FileKey:
+        """The same data, or a part of a whole, under a key of its own that nothing is known of yet.
+
+        For who reads the files at once: nobody else finds this key.
+        """
+        return FileKey(self.path, self.reader, self.options, self.dtype, part or self.part)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The files that it needs, as far as that is known without looking at any."""
+        return (self.path, *getattr(self.reader, "inputs", ()))
 
     def probe(self) -> Probe:
         """What the header tells of the data: of the part, in the dtype asked for.
@@ -288,7 +305,7 @@ class FileKey(Key):
             affine = sliced_affine(affine, index, shape)
             shape = np.broadcast_to(np.empty(()), shape)[index].shape
         nbytes = math.prod(shape) * dtype.itemsize
-        if self.part is not None and not hasattr(reader, "read_part"):
+        if self.part is not None and (probe.kind or not hasattr(reader, "read_part")):
             transient += whole
         if self.dtype is not None and self.dtype != dtype:
             if not getattr(reader, "converts", False):

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from lazycache._aims import VOLUME, code_of, dtype_of, header_of, itemsize_of
+from lazycache._aims import VOLUME, code_of, dtype_of, header_of, itemsize_of, kind_of
 from lazycache.errors import ReadError, UnknownFormatError
 
 from . import aims_files, surfaces
@@ -353,6 +353,18 @@ def _part(request: _Request, whole: tuple[int, ...]) -> tuple[tuple[int, ...], l
             raise ReadError(f"{request.path}: no frame {frame}, where the file has {whole[3]}")
         start[3], sizes[3] = frame, 1
     return tuple(sizes), start
+
+
+def probe_of(volume: Any) -> Probe | None:
+    """What a file would tell of a volume of AIMS; None for any other object."""
+    if not kind_of(volume).startswith(VOLUME):
+        return None
+    values, header = np.asarray(volume), header_of(volume)
+    affine = _affine(header, [0, 0, 0])
+    return Probe(
+        "AIMS", values.shape, values.dtype, values.nbytes, values.nbytes, (), "F", affine, header,
+        kind=kind_of(volume),
+    )  # fmt: skip
 
 
 def _affine(header: dict[str, Any], start: list[int]) -> NDArray[np.float64] | None:

@@ -22,6 +22,11 @@ and, where it can,
 ``read_part(path, index, **options) -> ndarray``
     the part ``index`` (a full tuple of int and slice, one for each axis, steps positive) reading
     no more than it needs: equal in value, dtype and axes order to ``read(path)[index]``.
+``label``
+    what to put behind a file's name in messages, where the data are another image than the file's:
+    its grid is then compared with that of the file.
+``inputs``
+    paths of further files that it needs, which results then aren't saved over.
 ``open_blocks(path, **options) -> Blocks``
     the voxels forwards, in the order of the file (`Probe.order`), a few at a time: `Blocks`. Only
     asked for where ``probe(path, **options).in_blocks`` is true.

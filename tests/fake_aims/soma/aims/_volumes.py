@@ -105,7 +105,8 @@ class VolumeBase:
         return Header(self, self._fields)
 
     def copyHeaderFrom(self, header: Any) -> None:  # noqa: N802 - the name in AIMS
-        self._fields = fields_of(header)
+        sizes = {name: self._fields[name] for name in _sizes(self.shape) if name != "voxel_size"}
+        self._fields = {**fields_of(header), **sizes}
 
     def refVolume(self) -> _Reference:  # noqa: N802 - the name in AIMS
         return _Reference(self._whole, self._hollow)
