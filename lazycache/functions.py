@@ -5,6 +5,10 @@ for the stack of all images along its new axis, in value, type and memory order.
 image at a time and never stack them (`median` and `percentile` do, whole images). Sums add up in
 NumPy's types: 16-bit integers don't wrap around. Over one proxy they work along ``axis``.
 
+Over volumes of AIMS they give the same values as a volume, with the header of the first one; 64-bit
+integers, of which AIMS has no volumes, become DOUBLE. Several percentiles at once, and what is
+taken along ``axis``, are arrays.
+
 ``grid`` says what to do where images lie on different grids: ``"error"``, ``"warn"`` or
 ``"ignore"``; without it, what the proxies say.
 """

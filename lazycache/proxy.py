@@ -63,6 +63,7 @@ class LazyReadData(ArrayLike):
     computed when their `data` are asked for. An error that is found then names the file and the
     line where the operator was written. Data are read-only; write ``.data.copy()`` to change them,
     or use in-place operators and item assignment, which change this proxy's data and no others.
+    Objects of AIMS can't be made read-only: write ``aims.Volume(proxy.data)`` to change one.
 
     A subclass may override `load_data`, which then loads whenever the data are needed.
     """
@@ -169,7 +170,20 @@ class LazyReadData(ArrayLike):
         if self._node is _LOADING:
             self._result = value  # inside load_data of a subclass
         else:
+            self._disown(value)
             self._become(value_node(value, self.filename or ""))
+
+    def _disown(self, value: Any) -> None:
+        """``proxy.data += 1`` changes a volume of AIMS that others see: they get another one."""
+        node = self._node
+        if not kind_of(value):
+            return
+        if isinstance(node, FileNode):
+            cache = self._use()
+            if cache.holds(node.key) and cache.load(node.key) is value:
+                caches._invalidate([node.key])
+        elif isinstance(node, OpNode) and node.result is not None and node.result.value is value:
+            node.result.value = None
 
     def get_data(self) -> Any:
         """The data; the same as `data`."""

@@ -520,6 +520,21 @@ def test_in_place_operators_change_this_proxy_and_nothing_else(folder: Folder) -
         same(mine, folder.volume(counting("float32")))
 
 
+def test_data_that_are_changed_in_place_are_one_proxys_from_then_on(
+    folder: Folder, cache: DataCache
+) -> None:
+    a = folder.proxy(counting("int16"))
+    for lazy in (LazyReadData(a), a + 0):
+        other, twice = LazyReadData(lazy), lazy * 2
+        _ = lazy.data
+        lazy.data += 5
+        same(lazy.data, folder.volume(counting("int16") + 5))
+        same(other.data, folder.volume(counting("int16")))
+        same(twice.data, folder.volume(counting("int16") * 2))
+        cache.clear()
+        same(lazy.data, folder.volume(counting("int16") + 5))
+
+
 def test_results_that_somebody_holds_are_never_written_over(folder: Folder) -> None:
     a, b = folder.proxy(counting("float32")), folder.proxy(counting("float32"))
     total = a + b

@@ -257,7 +257,16 @@ def test_read_changes_the_options_that_it_is_given(aims: Any) -> None:
     assert options != {"border": 1}
     assert np.asarray(vol).shape == (6, 5, 4, 1)
     assert np.asarray(vol.refVolume().get()).shape == (8, 7, 6, 1)
-    assert not aims.read(str(SAMPLES / "vol_S16.ima")).refVolume()
+    none = aims.read(str(SAMPLES / "vol_S16.ima")).refVolume()
+    assert none.isNull()
+    assert not none
+    with pytest.raises(TypeError, match="Null"):
+        none.get()
+    with pytest.raises(TypeError, match="__bool__"):
+        bool(vol.refVolume())
+    part = aims.read(str(SAMPLES / "vol_S16.ima") + "?ox=1&sx=2")
+    assert not part.refVolume().isNull()
+    assert np.asarray(part).strides == (2, 4, 20, 80)
 
 
 def test_parts_of_volumes_are_read(aims: Any) -> None:

@@ -155,6 +155,7 @@ def _volume(
     inner = tuple(slice(more, more + size) for size, more in edges)
     whole._memory[inner] = _volumes._as(part, _volumes.DTYPES[code])
     volume = _volumes.view_of(whole, inner) if border else whole
+    volume._hollow = part.shape != values.shape and not border
     sizes = _volumes._sizes(volume.shape)
     volume._fields = {**fields, **sizes, "voxel_size": fields["voxel_size"], "data_type": code}
     return volume

@@ -12,7 +12,6 @@ from ._headers import Header, fields_of
 from ._limits import KilledError, NotRecordedError
 from ._memory import bare, kept_by
 
-_COLOURS = ("red", "green", "blue", "alpha")
 DTYPES = {
     "U8": np.dtype("u1"),
     "S16": np.dtype("i2"),
@@ -23,8 +22,8 @@ DTYPES = {
     "DOUBLE": np.dtype("f8"),
     "CFLOAT": np.dtype("c8"),
     "BOOL": np.dtype("?"),
-    "RGB": np.dtype([(name, "u1") for name in _COLOURS[:3]]),
-    "RGBA": np.dtype([(name, "u1") for name in _COLOURS]),
+    "RGB": np.dtype([("v", "u1", (3,))]),
+    "RGBA": np.dtype([("v", "u1", (4,))]),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -47,15 +46,25 @@ def code_of(dtype: Any) -> str:
 
 
 class _Reference:
-    """What ``refVolume()`` gives: false where a volume isn't a view of a larger one."""
+    """What ``refVolume()`` gives: the larger volume that a volume is a view of, or nothing."""
 
-    def __init__(self, volume: VolumeBase | None) -> None:
+    def __init__(self, volume: VolumeBase | None, hollow: bool = False) -> None:
         self._volume = volume
+        self._hollow = hollow  # a part of a file was read: all sizes, little memory
+
+    def isNull(self) -> bool:  # noqa: N802 - the name in AIMS
+        return self._volume is None and not self._hollow
 
     def __bool__(self) -> bool:
-        return self._volume is not None
+        if self.isNull():
+            return False
+        raise TypeError("__bool__ should return bool, returned NoneType")
 
     def get(self) -> VolumeBase | None:
+        if self._hollow:
+            raise NotRecordedError("the memory of a volume of which a part was read")
+        if self._volume is None:
+            raise TypeError("Null rc_ptr used")
         return self._volume
 
 
@@ -68,6 +77,7 @@ class VolumeBase:
     def __init__(self, *args: Any) -> None:
         self._array: Any = None  # a weak reference to the array that was handed out
         self._whole: VolumeBase | None = None
+        self._hollow = False
         self._borrowed = False  # made over an array of NumPy: results go into the same memory
         fields: dict[str, Any] = {}
         [first] = args if len(args) == 1 else [args or (1,)]
@@ -99,7 +109,7 @@ class VolumeBase:
         self._fields = {**fields_of(header), **sizes}
 
     def refVolume(self) -> _Reference:  # noqa: N802 - the name in AIMS
-        return _Reference(self._whole)
+        return _Reference(self._whole, self._hollow)
 
     def __array__(self, dtype: Any = None, **other: Any) -> np.ndarray:
         if other:
@@ -131,6 +141,8 @@ class VolumeBase:
         code = code_of(dtype)
         if code == self.code and not copy:
             return self
+        if len(self.shape) > 4:
+            raise KilledError("converting more than four axes writes over other memory")
         if code not in _RANKS:
             raise TypeError(f"No conversion to type Volume_{code}")
         values = self._memory
