@@ -12,7 +12,6 @@ import ast
 import functools
 import sys
 from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,6 @@ _BUCKET = "BucketMap_"
 VOXEL_IN_BUCKET = 47
 _OBJECT = 512
 _ATTRIBUTE = 64
-_FUNCTIONS = (BuiltinFunctionType, FunctionType, MethodType, functools.partial)
 
 
 def is_kind(kind: type) -> bool:
@@ -90,9 +88,10 @@ def size_of(value: Any) -> int:
     """The bytes that an object of AIMS keeps in memory."""
     kind = kind_of(value)
     if kind.startswith(VOLUME):
-        reference = value.refVolume()
-        whole = reference.get() if reference else value
-        return int(np.asarray(whole).nbytes)
+        values: np.ndarray[Any, Any] = np.asarray(value)
+        # With a border it is a view of a larger one; ``refVolume()`` may be larger than the memory.
+        steps = zip(values.shape, values.strides, strict=True)
+        return int(max(values.nbytes, *(abs(step) * size for size, step in steps)))
     if kind.startswith(_MESH):
         sides = int(kind.split("_")[1])
         return sum(
@@ -165,7 +164,10 @@ def attribute(owner: Any, name: str) -> Any:
     """An attribute or a method of an object of AIMS whose results keep the object alive."""
     if name == "header":
         return functools.partial(header_of, owner)
-    return guarded(getattr(owner, name), owner)
+    value = getattr(owner, name)
+    # Methods of graphs are objects of AIMS' own that can be called.
+    method = callable(value) and not isinstance(value, type)
+    return _method(value, owner) if method else guarded(value, owner)
 
 
 def part(whole: Any, value: Any) -> Any:
@@ -179,8 +181,8 @@ def guarded(value: Any, owner: Any) -> Any:
         return readonly_view(value, owner)
     if isinstance(value, list | tuple):
         return type(value)(guarded(item, owner) for item in value)
-    if isinstance(value, _FUNCTIONS):
-        return _method(value, owner)
+    if kind_of(value).startswith("set_"):  # of pointers to vertices, or edges, of a graph
+        return [guarded(item, owner) for item in value]
     if is_kind(type(value)) and value is not owner and not kind_of(value).startswith(VOLUME):
         value._lazycache_owner = owner
     return value

@@ -40,15 +40,31 @@ def sample(name: str) -> str:
 
 def big(aims: Any, path: Path, dtype: str = "f4", sides: tuple[int, ...] = (20, 21, 22)) -> str:
     """A volume that AIMS wrote, as a file."""
-    values = np.random.default_rng(0).integers(0, 100, (*sides, 1)).astype(dtype)
+    # Values that AIMS doesn't write as scaled integers.
+    values = (np.random.default_rng(0).random((*sides, 1)) * 100).astype(dtype)
     aims.write(aims.Volume(aims.Volume(values)), str(path))
     return str(path)
 
 
+FOLD = """*BEGIN NODE fold {n}
+bottom_point_number 1
+name                s{n}
+point_number        3
+size                {n}
+skeleton_label      {n}
+ss_point_number     2
+*END
+
+"""
+
+
 def graph_file(folder: Path) -> str:
     path = folder / "sulci.arg"
-    nodes = "".join(f"*BEGIN NODE fold {n}\nname s{n}\nsize {n}\n*END\n\n" for n in range(50))
-    path.write_text(f"# graph 1.0\n\n*BEGIN GRAPH Folds\nfilename_base *\n{nodes}*END\n")
+    nodes = "".join(FOLD.format(n=n) for n in range(1, 51))
+    path.write_text(
+        "# graph 1.0\n\n*BEGIN GRAPH CorticalFoldArg\nboundingbox_max 9 9 9\n"
+        f"boundingbox_min 0 0 0\nvoxel_size      1 1 1\n\n{nodes}*END\n"
+    )
     (folder / "sulci.data").mkdir()
     (folder / "sulci.data" / "fold_0.mesh").write_bytes((SAMPLES / "sphere.mesh").read_bytes())
     return str(path)
@@ -205,6 +221,16 @@ def test_truncated_files_are_refused_before_aims_reads_them(
         (tmp_path / name).write_bytes(content[:kept])
         with pytest.raises(lc.TruncatedFileError, match=name.replace(".", r"\.")):
             lc.load(tmp_path / name, reader="aims").data
+
+
+def test_a_dim_that_aims_would_never_come_to_the_end_of_is_refused(
+    aims: Any, tmp_path: Path
+) -> None:
+    path = big(aims, tmp_path / "a.ima")
+    dim = tmp_path / "a.dim"
+    dim.write_text(dim.read_text().rstrip())
+    with pytest.raises(lc.TruncatedFileError, match=r"a\.dim"):
+        lc.load(path).data
 
 
 @pytest.mark.parametrize("make", [graph_file, bucket_file])
@@ -509,7 +535,7 @@ def test_vertices_of_a_graph_keep_it_alive(aims: Any, tmp_path: Path) -> None:
         proxy.release()
         del proxy
         gc.collect()
-        assert sorted(node["name"] for node in nodes)[:2] == ["s0", "s1"]
+        assert sorted(node["name"] for node in nodes)[:2] == ["s1", "s10"]
         assert cache.used > 0
         del nodes
         gc.collect()

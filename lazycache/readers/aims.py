@@ -151,16 +151,18 @@ class AimsReader:
             if request.allocmode is not None:
                 reader.allocmode = request.allocmode
         arguments = dict(request.arguments)
-        if request.dtype is not None:
+        if request.dtype is not None and probe.kind.removeprefix(VOLUME) in _readable(probe):
             arguments["dtype"] = probe.kind
         with _noise() as noise:
             try:
                 value = reader.read(request.path, **arguments)
+                checkpoint()
+                if request.dtype is not None and type(value).__name__ != probe.kind:
+                    value = _converted(aims, value, probe.kind)
             except MemoryError:
                 raise
             except Exception as error:
                 raise _failure(request.file, error, noise()) from error
-        checkpoint()
         return value
 
     def _look(self, request: _Request) -> Probe:
@@ -276,19 +278,23 @@ def _volume(request: _Request, found: _Found) -> Probe:
     item = itemsize_of(code) or 8
     border = 2 * max(0, request.part.get("border", 0))
     voxels = math.prod(size + border * (axis < 3) for axis, size in enumerate(shape))
-    nbytes = voxels * item
-    disk = str(header.get("disk_data_type", found.data))
-    item_on_disk = int(header.get("bits_allocated", 8 * (itemsize_of(disk) or 8))) // 8
-    stored = math.prod(whole) * item_on_disk
+    nbytes = native = voxels * item
+    if request.dtype is not None and code not in _readable(found):
+        native = voxels * (itemsize_of(found.data) or 8)
+    # The side files of other formats tell of the NIfTI that they were made from.
+    disk = str(header["disk_data_type"]) if found.format.startswith("NIFTI") else found.data
+    stored = math.prod(whole) * (itemsize_of(disk) or 8)
     files: tuple[str, ...] = ()
     if found.format == "GIS":
         files = aims_files.gis(path, header, stored)
-        peak = nbytes + nbytes // 20 + (stored if code != found.data else 0)
+        peak = native + native // 20
     else:
         if path.lower().endswith(".nii"):
             aims_files.nifti(path, stored)
         # All that is on the disk, uncompressed, beside the data.
-        peak = nbytes + nbytes // 100 + stored
+        peak = native + native // 100 + stored
+    if code != found.data:
+        peak = max(peak, native + nbytes)
     reason = ""
     if request.dtype is not None and code != found.data:
         reason = "asked for"
@@ -306,6 +312,27 @@ def _volume(request: _Request, found: _Found) -> Probe:
         dtype_reason=reason,
         kind=VOLUME + code,
     )
+
+
+def _converted(aims: Any, volume: Any, kind: str) -> Any:
+    """``volume`` as one of another type, its header with it."""
+    values = np.asarray(volume)
+    if values.ndim <= 4:
+        return volume.astype(kind)
+    # AIMS' own conversion writes over other memory where there are more axes.
+    result = aims.Volume(list(values.shape), dtype=kind.removeprefix(VOLUME))
+    target = np.asarray(result)
+    whole = values.dtype.kind == "f" and target.dtype.kind in "iu"
+    target[...] = np.rint(values) if whole else values
+    result.copyHeaderFrom(volume.header())
+    return result
+
+
+def _readable(found: _Found | Probe) -> list[str]:
+    """The types of voxels that AIMS can read a file as: few formats convert."""
+    if not found.format.startswith("NIFTI"):
+        return []
+    return list(found.header.get("possible_data_types", ()))
 
 
 def _part(request: _Request, whole: tuple[int, ...]) -> tuple[tuple[int, ...], list[int]]:

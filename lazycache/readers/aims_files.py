@@ -200,11 +200,20 @@ def gis(path: str, header: dict[str, Any], stored: int) -> tuple[str, ...]:
 
 
 def check_side_files(path: str) -> None:
-    """Raise for a ``.ima`` without its ``.dim``, and the other way round."""
+    """Raise for a ``.ima`` without its ``.dim``, the other way round, and for a cut ``.dim``.
+
+    AIMS never comes to an end of one whose last word has no end.
+    """
     base, extension = os.path.splitext(path)
-    other = base + {".ima": ".dim", ".dim": ".ima"}.get(extension.lower(), extension)
-    if not os.path.exists(other):
-        raise missing(other, path)
+    if extension.lower() not in (".ima", ".dim"):
+        return
+    for other in (base + ".dim", base + ".ima"):
+        if not os.path.exists(other):
+            raise missing(other, path)
+    with open(base + ".dim", "rb") as file:
+        text = file.read()
+    if not text[-1:].isspace():
+        raise truncated(base + ".dim", "the end of its last line")
 
 
 def nifti(path: str, stored: int) -> None:

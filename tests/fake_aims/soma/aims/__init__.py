@@ -120,6 +120,9 @@ class Reader:
             known = {f"Volume_{code}" for code in _volumes.DTYPES}
             if dtype not in known or finder.objectType() != "Volume":
                 raise OSError(f"Unsupported object type: {dtype}")
+            possible = fields.get("possible_data_types", [finder.dataType()])
+            if dtype.removeprefix("Volume_") not in possible:
+                raise unknown(f"{path} is not of {dtype}")
         read = _formats.FORMATS[finder.format()].read
         if finder.objectType() != "Volume":
             if partial or frame >= 0:
@@ -152,6 +155,7 @@ def _volume(
     inner = tuple(slice(more, more + size) for size, more in edges)
     whole._memory[inner] = _volumes._as(part, _volumes.DTYPES[code])
     volume = _volumes.view_of(whole, inner) if border else whole
+    volume._hollow = part.shape != values.shape and not border
     sizes = _volumes._sizes(volume.shape)
     volume._fields = {**fields, **sizes, "voxel_size": fields["voxel_size"], "data_type": code}
     return volume

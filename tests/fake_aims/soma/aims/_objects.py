@@ -232,6 +232,33 @@ class Vertex:
         return list(self._attributes) if self._graph() is not None else []
 
 
+class set_VertexPtr:  # noqa: N801 - the name in AIMS
+    """What ``vertices()`` gives: it can be counted and walked, not indexed."""
+
+    __module__ = "soma.aims"
+
+    def __init__(self, vertices: list[Vertex]) -> None:
+        self._vertices = vertices
+
+    def __iter__(self) -> Any:
+        return iter(self._vertices)
+
+    def __len__(self) -> int:
+        return len(self._vertices)
+
+
+class _proxy:  # noqa: N801 - the name in AIMS
+    """What a method of a graph is before it is called."""
+
+    __module__ = "soma.aims"
+
+    def __init__(self, method: Any) -> None:
+        self._method = method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(*args, **kwargs)
+
+
 class Graph:
     """Attributes, and vertices of attributes. Nothing tells its size, nothing copies it."""
 
@@ -240,8 +267,12 @@ class Graph:
         self._attributes: dict[str, Any] = {}
         self._vertices: list[dict[str, Any]] = []
 
-    def vertices(self) -> list[Vertex]:
-        return [Vertex(self, attributes) for attributes in self._vertices]
+    def __getattribute__(self, name: str) -> Any:
+        found = object.__getattribute__(self, name)
+        return found if name.startswith("_") or not callable(found) else _proxy(found)
+
+    def vertices(self) -> set_VertexPtr:
+        return set_VertexPtr([Vertex(self, attributes) for attributes in self._vertices])
 
     def order(self) -> int:
         return len(self._vertices)

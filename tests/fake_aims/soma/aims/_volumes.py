@@ -12,7 +12,6 @@ from ._headers import Header, fields_of
 from ._limits import KilledError, NotRecordedError
 from ._memory import bare, kept_by
 
-_COLOURS = ("red", "green", "blue", "alpha")
 DTYPES = {
     "U8": np.dtype("u1"),
     "S16": np.dtype("i2"),
@@ -23,8 +22,8 @@ DTYPES = {
     "DOUBLE": np.dtype("f8"),
     "CFLOAT": np.dtype("c8"),
     "BOOL": np.dtype("?"),
-    "RGB": np.dtype([(name, "u1") for name in _COLOURS[:3]]),
-    "RGBA": np.dtype([(name, "u1") for name in _COLOURS]),
+    "RGB": np.dtype([("v", "u1", (3,))]),
+    "RGBA": np.dtype([("v", "u1", (4,))]),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -47,15 +46,25 @@ def code_of(dtype: Any) -> str:
 
 
 class _Reference:
-    """What ``refVolume()`` gives: false where a volume isn't a view of a larger one."""
+    """What ``refVolume()`` gives: the larger volume that a volume is a view of, or nothing."""
 
-    def __init__(self, volume: VolumeBase | None) -> None:
+    def __init__(self, volume: VolumeBase | None, hollow: bool = False) -> None:
         self._volume = volume
+        self._hollow = hollow  # a part of a file was read: all sizes, little memory
+
+    def isNull(self) -> bool:  # noqa: N802 - the name in AIMS
+        return self._volume is None and not self._hollow
 
     def __bool__(self) -> bool:
-        return self._volume is not None
+        if self.isNull():
+            return False
+        raise TypeError("__bool__ should return bool, returned NoneType")
 
     def get(self) -> VolumeBase | None:
+        if self._hollow:
+            raise NotRecordedError("the memory of a volume of which a part was read")
+        if self._volume is None:
+            raise TypeError("Null rc_ptr used")
         return self._volume
 
 
@@ -68,6 +77,7 @@ class VolumeBase:
     def __init__(self, *args: Any) -> None:
         self._array: Any = None  # a weak reference to the array that was handed out
         self._whole: VolumeBase | None = None
+        self._hollow = False
         self._borrowed = False  # made over an array of NumPy: results go into the same memory
         fields: dict[str, Any] = {}
         [first] = args if len(args) == 1 else [args or (1,)]
@@ -99,7 +109,7 @@ class VolumeBase:
         self._fields = {**fields_of(header), **sizes}
 
     def refVolume(self) -> _Reference:  # noqa: N802 - the name in AIMS
-        return _Reference(self._whole)
+        return _Reference(self._whole, self._hollow)
 
     def __array__(self, dtype: Any = None, **other: Any) -> np.ndarray:
         if other:
@@ -126,6 +136,22 @@ class VolumeBase:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         np.asarray(self)[index] = value
+
+    def astype(self, dtype: Any, copy: bool = False) -> VolumeBase:
+        code = code_of(dtype)
+        if code == self.code and not copy:
+            return self
+        if len(self.shape) > 4:
+            raise KilledError("converting more than four axes writes over other memory")
+        if code not in _RANKS:
+            raise TypeError(f"No conversion to type Volume_{code}")
+        values = self._memory
+        if values.dtype.kind == "f" and code in ("S16", "S32"):  # U8 cuts off
+            values = np.rint(values)
+        result = TYPES[code](self.shape)
+        result._memory[...] = _as(values, DTYPES[code])
+        result._fields = {**fields_of(self.header()), "data_type": code}
+        return result
 
     def max(self) -> Any:
         return self._memory.max().item()
@@ -359,13 +385,8 @@ def _whole(
     return forward, in_place
 
 
-def _plain(other: Any) -> Any:
-    """Integers of NumPy count as Python's: recorded of ``U8 // np.int16(2)``, which is U8."""
-    return int(other) if isinstance(other, np.integer) else other
-
-
 def _pow(self: VolumeBase, other: Any, modulo: Any = None) -> VolumeBase:
-    return self._through_numpy(np.asarray(self).__pow__(_plain(other), modulo))
+    return self._through_numpy(np.asarray(self).__pow__(other, modulo))
 
 
 def _ipow(self: VolumeBase, other: Any) -> VolumeBase:
@@ -375,7 +396,7 @@ def _ipow(self: VolumeBase, other: Any) -> VolumeBase:
 
 
 def _floordiv(self: VolumeBase, other: Any) -> VolumeBase:
-    return self._through_numpy(np.asarray(self).__floordiv__(_plain(other)))
+    return self._through_numpy(np.asarray(self).__floordiv__(other))
 
 
 def _ifloordiv(self: VolumeBase, other: Any) -> VolumeBase:
