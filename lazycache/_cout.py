@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,18 @@ from functools import cache
 _BROKEN, _GOOD = 1, 0  # bits of std::ios_base::iostate
 _lock = threading.Lock()
 _inside = 0
+
+
+def _reset_in_child() -> None:
+    global _lock, _inside
+    _lock = threading.Lock()
+    if _inside:
+        _inside = 0
+        _marker()(_GOOD)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_in_child)
 
 
 @contextmanager

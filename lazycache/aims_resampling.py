@@ -43,22 +43,23 @@ def resample(
     name: str,
     volume: Any,
     dtype: np.dtype[Any],
-    transform: NDArray[Any],
+    transform: NDArray[Any] | None,
     shape: tuple[int, ...],
     voxel_size: NDArray[Any],
     order: int,
     fill: Any,
     affine: NDArray[Any] | None,
 ) -> Any:
-    """A new volume of ``shape`` with ``volume`` brought there by ``transform``, in AIMS's mm.
+    """A volume of ``shape`` with ``volume`` brought there by ``transform``, in AIMS's millimetres.
 
+    Without a transform it stays where it is; if its type stays as well, it is ``volume`` itself.
     ``affine`` is where the result lies, None if that isn't known.
     """
     aims = module(name)
     given = np.asarray(volume).dtype
     if converts_first(given, dtype):
         volume = _converted(aims, volume, dtype, fill)
-    if np.asarray(volume).shape != shape or not np.allclose(transform, np.eye(4), atol=1e-6):
+    if transform is not None:
         result = type(volume)(list(shape))
         result.copyHeaderFrom(volume.header())
         header = result.header()

@@ -555,7 +555,7 @@ def _stop_preloading() -> None:
 
 
 _locked: list[Table] = []
-_IMPORTED_LATE = {"psutil", "nibabel", "isal", "h5py", "tqdm"}
+_IMPORTED_LATE = {"psutil", "nibabel", "isal", "h5py", "tqdm", "scipy", "nitransforms"}
 
 
 def _before_fork() -> None:

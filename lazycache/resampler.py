@@ -82,10 +82,12 @@ class Resampling(NamedTuple):
         return self.grid.affine if self.grid.placed else None
 
     def of_aims(self, name: str, volume: Any) -> Any:
-        """The result of a volume of AIMS, a new one."""
-        # In AIMS's millimetres, which are indices times voxel sizes.
-        sizes = [np.diag([*one.voxel_size, 1.0]) for one in (self.image, self.grid)]
-        transform = sizes[1] @ np.linalg.inv(sizes[0] @ self.matrix)
+        """The result of a volume of AIMS; the volume itself where there is nothing to be done."""
+        transform = None
+        if not sampling.is_same(self.image.shape, self.matrix, self.grid.shape):
+            # In AIMS's millimetres, which are indices times voxel sizes.
+            sizes = [np.diag([*one.voxel_size, 1.0]) for one in (self.image, self.grid)]
+            transform = sizes[1] @ np.linalg.inv(sizes[0] @ self.matrix)
         return aims_resampling.resample(
             name,
             volume,

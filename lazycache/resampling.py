@@ -15,6 +15,7 @@ from ._frames import location
 from .aims_resampling import LARGEST_ORDER
 from .cache import DataCache
 from .expression import ONE, FileNode, GridMode, Info, Node, Op, OpNode, describe
+from .grid import says_place
 from .inputs import path_of
 from .layout import Layout, dense
 from .proxy import LazyReadData
@@ -35,10 +36,11 @@ class LazyResampleVolume(LazyReadData):
         mean = lazycache.mean(PreloadList(volumes))
 
     ``data_or_filename``, ``allocator_context``, ``read_options``, ``nops``, ``reader``, ``cache``,
-    ``grid`` and further arguments are those of `LazyReadData`; the data are those of a file, or of
-    a proxy of one. Runs of more than three axes are resampled volume by volume. Nothing is read
-    here. It is a source as others are: loaded once for all who need it, in one request of memory
-    for the source, what computing takes, and the result; preloaded, planned, pickled as a recipe.
+    ``grid`` and further arguments are those of `LazyReadData`. Nothing is read here. What comes of
+    a file, or of a proxy of one, is a source as others are: loaded once for all who need it, in one
+    request of memory for the source, what computing takes, and the result; preloaded, planned,
+    pickled as a recipe. Runs of more than three axes are resampled volume by volume. An image in
+    memory, or an expression, is resampled when the data are asked for.
 
     ``transform`` leads from the millimetres of the image to those of the result. It is a 4x4 array,
     a file, a transformation of AIMS, or a list of these, applied right to left. An array, an affine
@@ -171,7 +173,8 @@ class _ResampleObject:
         given = probe_of(value)
         if given is None:
             raise TypeError(f"{self.name} is no array: only volumes can be resampled")
-        return self.target.resampling(self.name, given).of_aims(self.name, value)
+        result = self.target.resampling(self.name, given).of_aims(self.name, value)
+        return type(value)(value) if result is value else result
 
 
 def _place_of(like: Any) -> FileKey | Place:
@@ -181,7 +184,7 @@ def _place_of(like: Any) -> FileKey | Place:
     if path is not None:
         return file_key(path)
     shape, affine = getattr(like, "shape", None), getattr(like, "affine", None)
-    if shape is None or affine is None or len(shape) < 3 or not np.isfinite(affine).all():
+    if shape is None or len(shape) < 3 or not says_place(affine) or np.shape(affine) != (4, 4):
         raise TypeError(f"like={like!r}: give an image with an affine, its path, or a proxy")
     numbers = np.asarray(affine, np.float64).ravel()
     return Place(tuple(map(int, shape)), tuple(map(float, numbers)))

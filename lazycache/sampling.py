@@ -10,17 +10,23 @@ the source, as in scipy and nibabel.
 
 from __future__ import annotations
 
+import importlib
 import math
 from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from lazycache import _buffers
+from . import _buffers
+from .errors import ReadError
 
-# Headers hold float32, so that 0.8 mm isn't 0.8 there, and what should be halfway between two
-# voxels is so nearly: numbers this near to a simple fraction are taken for it.
+# Headers are rounded. Grids whose voxels are this near to each other, in voxels, are one: else the
+# outermost voxels would be lost by a hair.
+_ONE_GRID = 1e-3
+# They hold float32, so that 0.8 mm isn't 0.8 there, and what should be halfway between two voxels
+# is so nearly: numbers this near to a simple fraction are taken for it.
 _NEAR = 1e-7
 _SIMPLE = 100
 # Coordinates are sums, rounded at each step.
@@ -35,25 +41,30 @@ _OF_SCIPY = frozenset(map(np.dtype, ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "
 LARGEST_ORDER = 5
 
 
-def plain(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``matrix`` with its numbers that are nearly simple fractions made exactly these."""
+def plain(matrix: NDArray[Any], shape: Shape3) -> NDArray[Any]:
+    """``matrix``, from the indices of a grid of ``shape`` to others, without what rounding did."""
+    whole: NDArray[Any] = np.rint(matrix)
+    corners = np.array(list(product(*((0, size - 1) for size in shape), (1,))))
+    if np.abs(corners @ (matrix - whole).T).max() <= _ONE_GRID:
+        return whole
     simple = [float(Fraction(number).limit_denominator(_SIMPLE)) for number in matrix.flat]
     near = np.reshape(simple, matrix.shape)
     return np.where(np.abs(near - matrix) <= _NEAR * np.maximum(1, np.abs(matrix)), near, matrix)
 
 
 def transient_nbytes(
-    dtype: np.dtype[Any], source: Shape3, matrix: NDArray[np.float64], shape: Shape3, order: int
+    dtype: np.dtype[Any], source: Shape3, matrix: NDArray[Any], shape: Shape3, order: int
 ) -> int:
     """The most bytes that a `Sampler` of these takes, and the computing of its planes."""
     planes = _PER_VOXEL * shape[0] * shape[1]
-    if _is_same(source, plain(matrix), shape) or not _copies(dtype, order):
+    if is_same(source, matrix, shape) or not _copies(dtype, order):
         return planes
     return planes + 8 * math.prod(source)
 
 
-def _is_same(source: Shape3, matrix: NDArray[np.float64], shape: Shape3) -> bool:
-    return source == shape and np.array_equal(matrix, np.eye(4))
+def is_same(source: Shape3, matrix: NDArray[Any], shape: Shape3) -> bool:
+    """Whether a grid of ``shape`` is that of the source, ``matrix`` leading there."""
+    return source == shape and np.array_equal(plain(matrix, shape), np.eye(4))
 
 
 def _copies(dtype: np.dtype[Any], order: int) -> bool:
@@ -78,18 +89,18 @@ class Sampler:
     def __init__(
         self,
         volume: NDArray[Any],
-        matrix: NDArray[np.float64],
+        matrix: NDArray[Any],
         shape: Shape3,
         order: int,
         fill: float,
     ) -> None:
-        matrix = plain(matrix)
+        self._same = is_same(volume.shape, matrix, shape)
+        matrix = plain(matrix, shape)
         self._volume = volume
         self._matrix, self._offset = matrix[:3, :3], matrix[:3, 3]
         self._shape = shape
         self._order = order
         self._fill = fill
-        self._same = _is_same(volume.shape, matrix, shape)
         if not self._same and _copies(volume.dtype, order):
             self._volume = _coefficients(volume, order)
 
@@ -117,11 +128,9 @@ class Sampler:
         out[~np.broadcast_to(inside, out.shape)] = self._fill
 
     def _interpolated(self, number: int, out: NDArray[Any]) -> None:
-        from scipy.ndimage import affine_transform
-
         # Transposed, so that both are walked through in the order in which they lie in memory.
         values = np.empty((1, self._shape[1], self._shape[0]), np.float64)
-        affine_transform(
+        _scipy().affine_transform(
             self._volume.T,
             self._matrix[::-1, ::-1],
             (self._offset + self._matrix[:, 2] * number)[::-1],
@@ -134,14 +143,21 @@ class Sampler:
         convert(values[0].T, out, self._fill)
 
 
-def _coefficients(volume: NDArray[Any], order: int) -> NDArray[np.float64]:
+def _scipy() -> Any:
+    try:
+        return importlib.import_module("scipy.ndimage")
+    except ImportError as error:
+        raise ReadError(
+            "resampling between voxels needs scipy: install it (lazycache-volumes[resample])"
+        ) from error
+
+
+def _coefficients(volume: NDArray[Any], order: int) -> NDArray[Any]:
     found = _buffers.empty(volume.shape, np.float64, "F")
     found[...] = volume
     if order > 1:
-        from scipy.ndimage import spline_filter1d
-
         for axis in range(3):
-            spline_filter1d(found, order, axis, output=found)
+            _scipy().spline_filter1d(found, order, axis, output=found)
     return found
 
 

@@ -30,6 +30,7 @@ from .readers.files import check_file
 Affine = NDArray[Any]
 Shape3 = tuple[int, int, int]
 
+_FLAT = 1e-12  # mm^3
 _INSIGHT = b"#Insight Transform File"
 
 
@@ -65,6 +66,11 @@ def grid_of(probe: Probe, name: str) -> Grid:
     x, y, z = probe.shape[:3]
     of_aims = bool(probe.kind)
     if says_place(probe.affine):
+        if abs(np.linalg.det(probe.affine[:3, :3])) < _FLAT:
+            raise ReadError(
+                f"{name}: the affine in its header puts all voxels into one plane, so nothing can "
+                "be resampled from it or onto it; mend the header"
+            )
         return Grid((x, y, z), np.array(probe.affine, np.float64), of_aims=of_aims)
     zooms: Any = (1.0,) * 3
     if of_aims:
@@ -179,7 +185,7 @@ def _matrix(given: Any, *, of_aims: bool = False) -> Matrix:
             f"transform={given!r}: give a 4x4 matrix, a file (.trm, ITK's .txt, .tfm and .mat, "
             "FSL's .mat), a transformation of AIMS, or a list of these"
         )
-    regular = np.isfinite(matrix).all() and abs(np.linalg.det(matrix[:3, :3])) > 1e-12
+    regular = np.isfinite(matrix).all() and abs(np.linalg.det(matrix[:3, :3])) > _FLAT
     if not regular or not np.allclose(matrix[3], (0, 0, 0, 1)):
         raise ValueError(
             f"this is no affine transformation that can be inverted, with 0 0 0 1 as its last row: "

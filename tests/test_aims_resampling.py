@@ -95,6 +95,16 @@ def test_a_transform_without_dims_resamples_on_the_grid_of_the_image(aims: Any, 
     assert np.array_equal(np.asarray(LazyResampleVolume(path, transform=np.eye(4)).data), raw)
 
 
+def test_voxels_of_another_size_are_resampled_though_there_are_as_many(
+    aims: Any, path: Path
+) -> None:
+    raw = np.asarray(LazyReadData(path).data)
+    fine = LazyResampleVolume(path, dims=(9, 8, 7, 1), vox_size=(1, 1, 1.5, 1))
+    assert np.allclose(np.asarray(fine.data)[::2, ::2, ::2], raw[:5, :4, :4], atol=1e-3)
+    assert not np.array_equal(np.asarray(fine.data), raw)
+    assert np.asarray(fine.data).shape == raw.shape
+
+
 def test_its_size_is_known_reserved_and_true(aims: Any, path: Path) -> None:
     volume = LazyResampleVolume(path, transform=moved(aims), dims=(12, 11, 10, 1), dtype="DOUBLE")
     [nbytes, peak] = volume._node.key.estimate()
@@ -158,6 +168,10 @@ def test_volumes_in_memory_and_computed_ones_are_resampled_too(aims: Any, path: 
         volume = LazyResampleVolume(source, transform=moved(aims), default_value=3)
         assert type(volume.data).__name__ == "Volume_FLOAT"
         assert np.array_equal(np.asarray(volume.data), wanted)
+    held = aims.read(str(path))
+    same = LazyResampleVolume(held).data
+    assert same is not held
+    assert np.array_equal(np.asarray(same), np.asarray(held))
     with pytest.raises(TypeError, match="no array"):
         LazyResampleVolume(moved(aims)).data
 

@@ -29,6 +29,7 @@ from lazycache.transforms import aims_to_world, grid_of
 CASES = json.loads((RECORDS / "resample.json").read_text())
 OBLIQUE = np.array([[1.9, 0.2, 0.1, -20], [-0.2, 2.1, 0.05, -30], [0, 0.1, 2.4, -10], [0, 0, 0, 1]])
 FLIPPED = np.array([[-2.0, 0.1, 0, 30], [0, 1.8, 0.3, -25], [0.1, -0.2, 2, -15], [0, 0, 0, 1]])
+FLAT = np.array([[1.0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]])
 MOVE = np.array([[1.0, 0.05, 0, 2], [-0.05, 0.9, 0, -3], [0, 0.02, 1.1, 1], [0, 0, 0, 1]])
 
 
@@ -165,6 +166,11 @@ def test_on_its_own_grid_an_image_stays_what_it_is(moving: Path, order: int) -> 
     for options in ({}, {"like": moving}, {"transform": np.eye(4)}):
         volume = LazyResampleVolume(moving, resampling_order=order, **options)
         assert volume.data.tobytes() == values.tobytes()
+    # Nor do headers' roundings move it by a hair out of the grid.
+    near = OBLIQUE + 1e-5 * np.ones((4, 4)) * [[1], [1], [1], [0]]
+    place = nib.Nifti1Image(np.broadcast_to(np.zeros((), "u1"), values.shape), near)
+    volume = LazyResampleVolume(moving, like=place, resampling_order=order, default_value=-9)
+    assert volume.data.tobytes() == values.tobytes()
     # A shift by whole voxels loses no more than what leaves the grid.
     shift = OBLIQUE @ np.array([[1, 0, 0, 3], [0, 1, 0, 0], [0, 0, 1, -2], [0, 0, 0, 1]])
     shifted = LazyResampleVolume(
@@ -526,6 +532,7 @@ def test_transformations_that_cant_be_read_say_which_and_why(
         ({"resampling_order": True}, ValueError, "from 0 to 7"),
         ({"default_value": "0"}, TypeError, "default_value="),
         ({"like": 3}, TypeError, "like="),
+        ({"like": nib.Nifti1Image(np.zeros((3, 4)), np.eye(4))}, TypeError, "like="),
         ({"like": "x.nii", "dims": (1, 2, 3)}, TypeError, "leave dims= and vox_size= out"),
         ({"dtype": "S17"}, TypeError, "S17"),
     ],
@@ -558,6 +565,23 @@ def test_parameters_that_dont_go_with_the_file_are_refused_before_reading(
     assert not reads
     assert LazyResampleVolume(path, dims=(2, 2, 2, 2)).shape == (2, 2, 2, 2)
     assert LazyResampleVolume(path, default_value=-1, dtype="i2").data.dtype == np.int16
+
+
+def test_what_cant_be_done_here_says_why(
+    moving: Path, fixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = save(tmp_path / "flat.nii", np.ones((3, 4, 5), "u1"), FLAT)
+    for volume in (
+        LazyResampleVolume(flat, vox_size=(1, 1, 1)),
+        LazyResampleVolume(moving, like=flat),
+    ):
+        with pytest.raises(lc.ReadError, match=r"flat\.nii.*mend the header"):
+            volume.data
+    monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
+    assert LazyResampleVolume(moving, like=fixed, resampling_order=0).data.shape == (16, 21, 23)
+    with pytest.raises(lc.ReadError, match="needs scipy: install it") as caught:
+        LazyResampleVolume(moving, like=fixed).data
+    assert str(moving) in "".join(traceback.format_exception(caught.value))
 
 
 # --- a source as others --------------------------------------------------------------------------
