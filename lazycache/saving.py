@@ -151,10 +151,10 @@ def check_files(files: Iterable[ImageFile], roots: Iterable[Node]) -> None:
     seen: set[str] = set()
     for file in files:
         file.check(inputs)
-        place = os.path.realpath(file.path)
-        if place in seen:
+        places = set(map(os.path.realpath, writing.files_of(file.path)))
+        if places & seen:
             raise WriteError(f"{file.path}: two results can't go to one file")
-        seen.add(place)
+        seen |= places
 
 
 def save(

@@ -189,7 +189,7 @@ class ImageStream:
         return self
 
     def _begin(self) -> None:
-        path, *header = sorted(_with_side_file(self._scratch.path), key=_is_header)
+        path, *header = sorted(files_of(self._scratch.path), key=_is_header)
         for name in header:
             with closing(_created(name)) as file:
                 self._form.begin(file)
@@ -272,8 +272,8 @@ def check_output(path: Path, inputs: Iterable[Path] = (), writer: Writer | None 
         raise WriteError(f"{target}: there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise WriteError(f"{target}: no permission to write in the folder {folder}")
-    kept = [file for one in inputs for file in _with_side_file(os.fspath(one))]
-    for file in _with_side_file(target):
+    kept = [file for one in inputs for file in files_of(os.fspath(one))]
+    for file in files_of(target):
         if os.path.isdir(file):
             raise WriteError(f"{file} is a directory; give the name of a file")
         for one in kept:
@@ -283,7 +283,8 @@ def check_output(path: Path, inputs: Iterable[Path] = (), writer: Writer | None 
             raise WriteError(f"{file} exists and is read-only; remove it or use another name")
 
 
-def _with_side_file(path: str) -> tuple[str, ...]:
+def files_of(path: str) -> tuple[str, ...]:
+    """The files that writing ``path`` makes: it, and of a pair the other one."""
     root, extension = os.path.splitext(path)
     other = _PAIR.get(extension.lower())
     if other is None:
@@ -384,7 +385,7 @@ def _form(
     stored = _image_dtype(source, dtype, target, array)
     if _is_mgh(target):
         return _mgh(tuple(shape), stored, affine, header)
-    return _nifti(tuple(shape), stored, affine, header, pair=len(_with_side_file(target)) > 1)
+    return _nifti(tuple(shape), stored, affine, header, pair=len(files_of(target)) > 1)
 
 
 def _npy(shape: Sequence[int], stored: np.dtype[Any], fortran: bool) -> _Form:

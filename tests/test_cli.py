@@ -573,6 +573,7 @@ class TestNothingIsReadWhenTheCommandIsWrong:
             (["none.nii", "-o", "o.nii=I1", "-o", "p.txt=I1"], "p.txt: can't write"),
             (["none.nii", "-o", "o.nii=I1", "-o", "none/p.nii=I1"], "no folder none"),
             (["none.nii", "-o", "o.nii=I1", "-o", "./o.nii=I1"], "the file of two outputs"),
+            (["none.nii", "-o", "o.img=I1", "-o", "o.hdr=I1"], "the file of two outputs"),
             (["I1", "none.nii", "-o", "none.nii"], "none.nii is an input"),
             (["a + I1", "none.nii", "a=here.nii", "-o", "link.nii"], "is an input"),
             (["I1", "none.nii", "-o", "folder.nii"], "is a directory"),

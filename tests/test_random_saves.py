@@ -430,3 +430,14 @@ def test_a_file_in_memory_that_is_in_the_way_goes(volumes: Path) -> None:
             median.data
             assert cache.stats().peak_bytes <= least
             assert cache.stats().loads == plan.reads + 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("o.npy", "./o.npy"), ("o.img", "o.hdr"), ("o.HDR", "o.IMG")]
+)
+def test_two_results_do_not_go_to_one_file_or_pair(one: str, other: str, tmp_path: Path) -> None:
+    image = LazyReadData(np.ones((3, 4, 5)), cache=DataCache(ROOMY))
+    results = {f"{tmp_path}/{one}": image + 1, f"{tmp_path}/{other}": image + 2}
+    with pytest.raises(WriteError, match="two results can't go to one file"):
+        lc.save_all(results)
+    assert not os.listdir(tmp_path)

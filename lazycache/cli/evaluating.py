@@ -23,6 +23,7 @@ from lazycache.proxy import LazyReadData
 from lazycache.saving import ImageFile, check_files, check_path, save
 from lazycache.sizes import format_size
 from lazycache.stats import Event
+from lazycache.writing import files_of
 
 from .inputs import Inputs, Output, read_eval
 from .terminal import UsageError, plural, progress, tell
@@ -102,10 +103,10 @@ def _check_files(inputs: Inputs, outputs: Sequence[Output], dtype: np.dtype[Any]
             raise UsageError(str(error)) from None
         if dtype is not None and not is_for_aims(output.path):
             _check_dtype(output.path, dtype)
-        path = os.path.realpath(output.path)
-        if path in seen:
+        places = set(map(os.path.realpath, files_of(output.path)))
+        if places & seen:
             raise UsageError(f"{output.path} is the file of two outputs: use another name for one")
-        seen.add(path)
+        seen |= places
 
 
 def _check_dtype(path: str, dtype: np.dtype[Any]) -> None:
