@@ -171,9 +171,6 @@ def infer(
 def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | None) -> int:
     """Bytes that NumPy takes while it computes, besides operands and result; an upper estimate."""
     name = node.op.name
-    told = getattr(node.op.call, "transient", None)
-    if told is not None:
-        return told  # type: ignore[no-any-return]
     if result is not None and result.kind and name in _volumes.BORROWING:
         return result.nbytes  # it is copied
     if node.op.elementwise and name != "**":
@@ -183,10 +180,9 @@ def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | 
         return 0
     if node.op is SQUARED_DEVIATIONS:
         return 2 * math.prod(layouts[0].shape) * result.dtype.itemsize
-    voxelwise = getattr(node.op.call, "transient", None)
-    if voxelwise is not None:
-        each: int = voxelwise([layout.dtype for layout in layouts])
-        return each * math.prod(layouts[0].shape)
+    told = getattr(node.op.call, "transient", None)
+    if told is not None:
+        return told(layouts)  # type: ignore[no-any-return]
     if len(layouts) > 1 and name in ("median", "percentile"):
         # Of their stack.
         return 3 * sum(layout.nbytes for layout in layouts)

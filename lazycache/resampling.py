@@ -127,7 +127,7 @@ class _Resample:
         name = describe(node.operands[0])
         if layout is None or layout.kind:  # a volume of AIMS, or what can't be resampled
             call = _ResampleObject(self.target, name)
-            return OpNode(Op("resample", call), node.operands, ONE, None, node.location)
+            return OpNode(Op("resample", call, own=True), node.operands, ONE, None, node.location)
         nbytes, affine, header = layout.nbytes, info.affine, info.header
         given = Probe(
             name, layout.shape, layout.dtype, nbytes, nbytes, (), affine=affine, header=header
@@ -142,8 +142,7 @@ class Resampled:
 
     todo: Resampling
 
-    @property
-    def transient(self) -> int:
+    def transient(self, layouts: list[Layout]) -> int:
         return self.todo.transient
 
     @property
@@ -168,6 +167,9 @@ class _ResampleObject:
 
     target: Target
     name: str
+
+    def layout(self, layouts: list[Layout]) -> None:
+        return None
 
     def __call__(self, value: Any) -> Any:
         given = probe_of(value)

@@ -6,6 +6,7 @@ or, with several values for each voxel, of (k, voxels).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,11 @@ class Voxelwise:
         common = np.result_type(*set(dtypes[: self.count])).itemsize
         values = max(1, self.several) * self.dtype.itemsize
         return 3 * (self.count * common + values)
+
+    def transient(self, layouts: list[Layout]) -> int:
+        """The bytes that it takes for all voxels at once."""
+        each = self.nbytes_of_a_voxel([layout.dtype for layout in layouts])
+        return each * math.prod(layouts[0].shape)
 
     def __call__(self, images: list[Any], mask: Any = None) -> NDArray[Any]:
         first = Layout(images[0].shape, images[0].strides, images[0].dtype)
