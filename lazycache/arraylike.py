@@ -8,6 +8,7 @@ functions with ``out=``, and any function that isn't known here.
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -206,8 +207,9 @@ class ArrayLike(Expressible):
     def __len__(self) -> int:
         if not self._is_array():
             return len(self.data)
-        if self._kind():
-            raise TypeError(f"object of type {self._kind()!r} has no len()")
+        layout = self._layout()
+        if layout is not None and layout.kind:
+            raise TypeError(f"object of type {layout.kind!r} has no len()")
         shape = self.shape
         if not shape:
             raise TypeError("len() of unsized object")
@@ -229,16 +231,28 @@ class ArrayLike(Expressible):
         return bool(self.data)
 
     def __int__(self) -> int:
-        return int(self.data)
+        return int(self._number())
 
     def __float__(self) -> float:
-        return float(self.data)
+        return float(self._number())
 
     def __complex__(self) -> complex:
-        return complex(self.data)
+        return complex(self._number())
 
     def __index__(self) -> int:
-        return operator.index(self.data)
+        return operator.index(self._number())
+
+    def _number(self) -> Any:
+        """The data; where headers tell that they are no single number, what fails as they would.
+
+        AIMS asks for one to find out what it can add to a volume.
+        """
+        layout = self._layout()
+        if layout is None or math.prod(layout.shape) == 1:
+            return self.data
+        if layout.kind:
+            return type(layout.kind, (), {})()
+        return np.broadcast_to(np.empty((), layout.dtype), layout.shape)
 
     def __round__(self, ndigits: int | None = None) -> Any:
         return round(self.data, ndigits)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ._frames import location
 from .expression import GridMode, Node, Op, OpNode, Slot, ValueNode, frozen, slots
+from .layout import Layout
 
 
 class Expressible:
@@ -53,8 +54,8 @@ class Expressible:
         """Whether the data are an array, or a volume that holds one; loaded if need be to tell."""
 
     @abstractmethod
-    def _kind(self) -> str:
-        """The type of volume that headers say the data will be; "" for anything else."""
+    def _layout(self) -> Layout | None:
+        """The layout that headers say the data will have; None where they don't."""
 
 
 def express(op: Op, operands: Sequence[Any], constants: tuple[Any, ...] = (), **kwargs: Any) -> Any:

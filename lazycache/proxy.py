@@ -34,7 +34,7 @@ from .expression import (
     walk,
 )
 from .inputs import path_of, value_node
-from .layout import layout_of
+from .layout import Layout, layout_of
 from .outline import file_info
 from .readers import named
 from .recipe import pack, unpack
@@ -443,9 +443,8 @@ class LazyReadData(ArrayLike):
             return True
         return layout_of(self.data) is not None
 
-    def _kind(self) -> str:
-        layout = self._info().layout
-        return "" if layout is None else layout.kind
+    def _layout(self) -> Layout | None:
+        return self._info().layout  # type: ignore[no-any-return]
 
     def _use(self) -> DataCache:
         return caches.cache_for(self._cache, self._made_in)

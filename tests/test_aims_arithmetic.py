@@ -113,6 +113,8 @@ UNARY = {
 
 def outcome(files: list[str], what: str, dtype: str) -> str:
     """What a recorded line gives with a proxy of a file in the place of each volume."""
+    # What the records call so was a number of the volume's own dtype.
+    what = what.replace("np.int16(2)", f"np.{dtype}(2)")
     vol, another = map(LazyReadData, files)
     names = {"np": np, "vol": vol, "v": vol, "same": another, "ndarray": counting(dtype)}
     if what in UNARY:
