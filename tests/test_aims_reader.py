@@ -23,6 +23,7 @@ from support import Running, together
 import lazycache as lc
 from lazycache import readers
 from lazycache._buffers import owner_of
+from lazycache.cli import main
 from lazycache.readers import aims as aims_reader
 from lazycache.readers import reader_for
 from lazycache.readers.aims import AimsReader
@@ -350,6 +351,16 @@ def test_aims_is_not_imported_by_who_does_not_need_it() -> None:
     )
     environment = {"PYTHONPATH": f"{STAND_IN}:{Path(lc.__file__).parents[1]}"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=100)
+
+
+def test_info_tells_what_a_file_of_aims_holds(aims: Any, capsys: Any) -> None:
+    assert main(["info", sample("vol_S16.ima"), sample("sphere.mesh")]) == 0
+    told = capsys.readouterr().out
+    assert "Volume_S16" in told
+    assert "6 x 5 x 4 x 1" in told
+    assert "AimsTimeSurface_3_VOID" in told
+    assert main(["info", "--json", sample("sphere.mesh")]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["kind"] == "AimsTimeSurface_3_VOID"
 
 
 # What is asked of AIMS
