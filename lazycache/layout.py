@@ -211,7 +211,13 @@ def _trial(
     if "ddof" in kwargs:  # more than the miniature has would be a warning
         kwargs = {**kwargs, "ddof": 0}
     with np.errstate(all="ignore"):
-        value = op.call(*fill(args, [_make(miniature) for miniature in miniatures]), **kwargs)
+        try:
+            value = op.call(*fill(args, [_make(miniature) for miniature in miniatures]), **kwargs)
+        except ValueError:
+            # Numbers that NumPy refuses aren't there in empty arrays.
+            if op.family not in ("map", "inplace") or all(0 not in one.shape for one in miniatures):
+                raise
+            value = op.call(*fill(args, [_make(one, empty=True) for one in miniatures]), **kwargs)
     layout = layout_of(value)
     outcome = None
     if layout is not None:
@@ -224,13 +230,15 @@ def _trial(
 
 
 def _miniature(layout: Layout) -> _Miniature:
-    shape = tuple(1 if size == 1 else 2 for size in layout.shape)
+    shape = tuple([min(size, 2) for size in layout.shape])
     return _Miniature(shape, _axes(layout.strides), layout.dtype, layout.scalar, has_gaps(layout))
 
 
-def _make(miniature: _Miniature) -> Any:
+def _make(miniature: _Miniature, empty: bool = False) -> Any:
+    """An array of ones; two along an axis of none, unless it may be ``empty``."""
     shape, axes, dtype, scalar, gaps = miniature
-    array = np.ones([shape[axis] * (1 + gaps) for axis in axes], dtype)
+    sizes = shape if empty else [2 if size == 0 else size for size in shape]
+    array = np.ones([sizes[axis] * (1 + gaps) for axis in axes], dtype)
     if gaps:
         array = array[(slice(None, None, 2),) * len(axes)]
     return array[()] if scalar else array.transpose(np.argsort(axes)) if axes else array
