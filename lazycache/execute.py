@@ -32,9 +32,10 @@ from .expression import (
     fill,
     walk,
 )
+from .headers import check_same, check_unchanged, fingerprints, probe_all
 from .layout import infer, layout_of, lies
 from .memory import usable_cpus
-from .outline import Outline, annotate, check_same, check_unchanged, fingerprints, probe_all
+from .outline import Outline, annotate
 from .planning import Planner
 from .program import Stage
 from .source import Key, Result

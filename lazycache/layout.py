@@ -250,7 +250,13 @@ def _trial(
     arguments = fill(args, [_make(miniature) for miniature in miniatures])
     _volumes.check(op.name, arguments)
     with np.errstate(all="ignore"):
-        value = op.call(*arguments, **kwargs)
+        try:
+            value = op.call(*arguments, **kwargs)
+        except ValueError:
+            # Numbers that NumPy refuses aren't there in empty arrays.
+            if op.family not in ("map", "inplace") or all(0 not in one.shape for one in miniatures):
+                raise
+            value = op.call(*fill(args, [_make(one, empty=True) for one in miniatures]), **kwargs)
     layout = layout_of(value)
     outcome = None
     if layout is not None:
@@ -264,7 +270,7 @@ def _trial(
 
 
 def _miniature(layout: Layout) -> _Miniature:
-    shape = tuple(1 if size == 1 else 2 for size in layout.shape)
+    shape = tuple([min(size, 2) for size in layout.shape])
     return _Miniature(
         shape,
         _axes(layout.strides),
@@ -275,9 +281,11 @@ def _miniature(layout: Layout) -> _Miniature:
     )
 
 
-def _make(miniature: _Miniature) -> Any:
+def _make(miniature: _Miniature, empty: bool = False) -> Any:
+    """An array of ones; two along an axis of none, unless it may be ``empty``."""
     shape, axes, dtype, scalar, gaps, kind = miniature
-    array = np.ones([shape[axis] * (1 + gaps) for axis in axes], dtype)
+    sizes = shape if empty else [2 if size == 0 else size for size in shape]
+    array = np.ones([sizes[axis] * (1 + gaps) for axis in axes], dtype)
     if gaps:
         array = array[(slice(None, None, 2),) * len(axes)]
     if kind:

@@ -33,9 +33,9 @@ from .expression import (
     describe,
     walk,
 )
+from .headers import file_info
 from .inputs import path_of, value_node
 from .layout import Layout, layout_of
-from .outline import file_info
 from .readers import named
 from .recipe import pack, unpack
 from .saving import ImageFile, check_files, save

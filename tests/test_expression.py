@@ -12,6 +12,7 @@ import warnings
 
 import numpy as np
 import pytest
+from expressions import facts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -307,6 +308,16 @@ def test_python_scalars_of_equal_value_and_other_type_are_told_apart():
     layout = dense((3,), np.dtype("i2"))
     found = [infer(ops.BINARY["mul"], (Slot(0), c), {}, [layout]) for c in (1, 1.0, True, 1j, 1)]
     assert [one.dtype for one in found] == ["i2", "f8", "i2", "c16", "i2"]
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 1, 3)])
+@pytest.mark.parametrize("dtype", ["?", "i4", "i8"])
+@pytest.mark.parametrize("exponent", [-1, np.int64(-2)])
+def test_numbers_that_numpy_refuses_are_no_trouble_where_there_are_none(shape, dtype, exponent):
+    empty = np.ones(shape, dtype)
+    assert facts((LazyReadData(empty) ** exponent).data) == facts(empty**exponent)
+    with pytest.raises(ValueError, match="negative integer powers"):
+        (LazyReadData(np.ones(3, dtype)) ** exponent).data
 
 
 def test_objects_have_no_layout():

@@ -47,7 +47,8 @@ CORE = {
 ABOVE = {
     str(PACKAGE / f"{name}.py")
     for name in (
-        "proxy", "execute", "preload", "results", "expression", "outline", "writing", "saving",
+        "proxy", "execute", "preload", "results", "expression", "outline", "headers", "writing",
+        "saving",
     )
 }  # fmt: skip
 
@@ -66,7 +67,8 @@ STREAMING = {
     )
 }
 PLANNING = {
-    str(PACKAGE / f"{name}.py") for name in ("outline", "planning", "needs", "program", "spaces")
+    str(PACKAGE / f"{name}.py")
+    for name in ("outline", "headers", "planning", "needs", "program", "spaces")
 }
 
 Place = tuple[str, int]
