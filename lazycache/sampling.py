@@ -156,8 +156,9 @@ def _coefficients(volume: NDArray[Any], order: int) -> NDArray[Any]:
     found = _buffers.empty(volume.shape, np.float64, "F")
     found[...] = volume
     if order > 1:
+        rows = found.T  # as scipy walks through arrays
         for axis in range(3):
-            _scipy().spline_filter1d(found, order, axis, output=found)
+            _scipy().spline_filter1d(rows, order, axis, output=rows)
     return found
 
 
