@@ -50,6 +50,8 @@ class Op:
     known of each operand, and gives the node that does the work. ``into(out, *args, **kwargs)``
     is the same computation into a given array of the layout of the result, or None where NumPy
     offers no such thing.
+    A ``call`` that knows more tells it: ``call.layout(layouts)`` of the result, the bytes of its
+    temporaries, ``call.transient``, and ``call.place``, (affine, header, name) of the result.
     ``elementwise`` says that ``into`` may write over an operand of the result's layout.
     ``wraps`` marks the operators ``+ - *``, which are watched for integers that wrap around.
     """

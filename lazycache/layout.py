@@ -127,6 +127,9 @@ def infer(
 def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | None) -> int:
     """Bytes that NumPy takes while it computes, besides operands and result; an upper estimate."""
     name = node.op.name
+    told = getattr(node.op.call, "transient", None)
+    if told is not None:
+        return told  # type: ignore[no-any-return]
     if node.op.elementwise and name != "**":
         return 0
     layouts = [layout for layout in operands if layout is not None]
@@ -134,7 +137,7 @@ def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | 
         return 0
     if node.op is SQUARED_DEVIATIONS:
         return 2 * math.prod(layouts[0].shape) * result.dtype.itemsize
-    voxelwise = getattr(node.op.call, "transient", None)
+    voxelwise = getattr(node.op.call, "voxel_nbytes", None)
     if voxelwise is not None:
         each: int = voxelwise([layout.dtype for layout in layouts])
         return each * math.prod(layouts[0].shape)
@@ -152,6 +155,8 @@ def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | 
     count = math.prod(operand.shape)
     if name.startswith("nan"):
         return 2 * operand.nbytes + count
+    if name == "mean" and operand.dtype == result.dtype == np.float16:  # added up in float32
+        return 2 * result.nbytes
     if name in ("var", "std"):
         return count * max(result.dtype.itemsize, operand.dtype.itemsize)
     if name in ("median", "percentile", "quantile"):

@@ -341,9 +341,10 @@ def file_info(key: FileKey) -> Info:
     """What the header of a file tells; raises what probing raises."""
     probe = key.probe()
     layout = None
-    if probe.shape is not None and probe.dtype is not None:
+    if probe.shape is not None and probe.dtype is not None and not probe.kind:
         layout = dense(probe.shape, probe.dtype, probe.order)
-    return Info(layout, probe.affine, probe.header, key.path)
+    # Of an object the header is what its own method gives.
+    return Info(layout, probe.affine, None if probe.kind else probe.header, key.title)
 
 
 def probe_all(files: Iterable[FileNode]) -> None:
@@ -483,6 +484,9 @@ def _misfit(node: OpNode, infos: Sequence[Info], error: Exception) -> str:
 def _space(node: OpNode, infos: Sequence[Info]) -> tuple[Any, Any, str]:
     """The affine and header of a result, and the file that they are from."""
     nothing = (None, None, "")
+    place = getattr(node.op.call, "place", None)
+    if place is not None:  # it was brought elsewhere
+        return place  # type: ignore[no-any-return]
     family = node.op.family
     if node.kwargs and np.ndim(node.kwargs.get("q", 0)):  # several percentiles, each an image
         return nothing

@@ -268,12 +268,15 @@ class _Simulation:
 
         So do those that other results are views of.
         """
-        keys = {root.key for root in roots if isinstance(root, FileNode)}
-        estimates = [key.estimate() for key in keys]
-        besides = max((peak - nbytes for nbytes, peak in estimates), default=0)
-        lent = set[Key]().union(*self.pinned.values()) - keys if keys else ()
-        pinned = sum(nbytes for nbytes, _ in estimates) + sum(k.estimate()[0] for k in lent)
-        self.room = max(self.room, pinned + besides)
+        keys = dict.fromkeys(root.key for root in roots if isinstance(root, FileNode))
+        if not keys:
+            return
+        lent = set[Key]().union(*self.pinned.values()) - keys.keys()
+        held = sum(key.estimate()[0] for key in lent)
+        for key in keys:
+            nbytes, peak = key.estimate()
+            self.room = max(self.room, held + peak)
+            held += nbytes
 
     def _whole(self, step: OpNode, keys: set[Key]) -> None:
         operands = self.outline.operands(step)
@@ -407,7 +410,7 @@ class _Simulation:
         """The bytes that a step takes for each element besides operands and result."""
         if isinstance(step.op.call, Voxelwise):
             found = [layout for layout in self.outline.layouts(step) if layout is not None]
-            return step.op.call.transient([layout.dtype for layout in found])
+            return step.op.call.voxel_nbytes([layout.dtype for layout in found])
         return 3 * sum(self._itemsize(node) for node in (*self.outline.operands(step), step))
 
     def _itemsize(self, node: Node) -> int:

@@ -90,7 +90,7 @@ class Voxelwise:
         strides = (*plain.strides, plain.nbytes)
         return Layout((*plain.shape, self.several), strides, self.dtype)
 
-    def transient(self, dtypes: list[np.dtype[Any]]) -> int:
+    def voxel_nbytes(self, dtypes: list[np.dtype[Any]]) -> int:
         """Bytes for each voxel of images (and a mask) of ``dtypes``: an estimate.
 
         Those of the block, of what the function gives, and as much again for what it takes.

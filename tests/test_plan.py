@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache as remembered
 from functools import reduce
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,24 @@ def test_a_byte_less_than_the_smallest_budget_is_refused_before_reading(
         with pytest.raises(BudgetExceededError):
             compute(*expressions)
         assert cache.stats().loads == 0
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_files_that_are_results_need_no_more_than_reading_them_in_turn_takes(
+    order: Sequence[int], tmp_path: Path
+) -> None:
+    for number, slices in enumerate((10, 40, 20)):
+        data = np.full((64, 64, slices), number, np.int16)
+        nib.Nifti1Image(data, np.eye(4)).to_filename(tmp_path / f"{number}.nii.gz")
+    with DataCache(ROOMY):
+        least = explain(*[LazyReadData(tmp_path / f"{i}.nii.gz") for i in order]).min_budget
+    with DataCache(least, strict=True) as cache:
+        kept = compute(*[LazyReadData(tmp_path / f"{i}.nii.gz") for i in order])
+        assert cache.stats().peak_bytes == least
+    assert [value.flat[0] for value in kept] == list(order)
+    del kept  # or it would be handed out again
+    with DataCache(least - 1, strict=True), pytest.raises(BudgetExceededError):
+        compute(*[LazyReadData(tmp_path / f"{i}.nii.gz") for i in order])
 
 
 @pytest.mark.parametrize("reader", [None, WHOLE], ids=["blocks", "whole"])
