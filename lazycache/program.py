@@ -410,7 +410,7 @@ class _Simulation:
         """The bytes that a step takes for each element besides operands and result."""
         if isinstance(step.op.call, Voxelwise):
             found = [layout for layout in self.outline.layouts(step) if layout is not None]
-            return step.op.call.nbytes_of_a_voxel([layout.dtype for layout in found])
+            return step.op.call.voxel_nbytes([layout.dtype for layout in found])
         return 3 * sum(self._itemsize(node) for node in (*self.outline.operands(step), step))
 
     def _itemsize(self, node: Node) -> int:

@@ -92,7 +92,7 @@ class Voxelwise:
         strides = (*plain.strides, plain.nbytes)
         return Layout((*plain.shape, self.several), strides, self.dtype)
 
-    def nbytes_of_a_voxel(self, dtypes: list[np.dtype[Any]]) -> int:
+    def voxel_nbytes(self, dtypes: list[np.dtype[Any]]) -> int:
         """Bytes for each voxel of images (and a mask) of ``dtypes``: an estimate.
 
         Those of the block, of what the function gives, and as much again for what it takes.
@@ -103,7 +103,7 @@ class Voxelwise:
 
     def transient(self, layouts: list[Layout]) -> int:
         """The bytes that it takes for all voxels at once."""
-        each = self.nbytes_of_a_voxel([layout.dtype for layout in layouts])
+        each = self.voxel_nbytes([layout.dtype for layout in layouts])
         return each * math.prod(layouts[0].shape)
 
     def __call__(self, images: list[Any], mask: Any = None) -> NDArray[Any]:
