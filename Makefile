@@ -3,10 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test stress mutants lint demo bench clean
+# The Python that has soma.aims, for test-aims.
+AIMS_PYTHON ?= python3
+AIMS_VENV := .venv-aims
+
+.PHONY: test test-aims stress mutants lint demo bench clean
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-aims: $(AIMS_VENV)/dev
+	$(AIMS_VENV)/bin/python -m pytest --aims real -m aims
 
 stress: $(VENV)/dev
 	$(BIN)/python -m pytest tests/test_storm.py tests/test_storm_public.py \
@@ -32,6 +39,7 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.plans
 	$(BIN)/python -m benchmarks.passes
 	$(BIN)/python -m benchmarks.planning
+	$(BIN)/python -m benchmarks.resample
 	$(BIN)/python -m benchmarks.threads
 
 $(VENV)/dev: pyproject.toml
@@ -40,5 +48,11 @@ $(VENV)/dev: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
 	touch $@
 
+$(AIMS_VENV)/dev: pyproject.toml
+	$(AIMS_PYTHON) -m venv --system-site-packages $(AIMS_VENV)
+	$(AIMS_VENV)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(AIMS_VENV)/bin/python -m pip install --quiet --editable . --group dev
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-output build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AIMS_VENV) demo-output build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

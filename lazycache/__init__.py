@@ -72,6 +72,7 @@ from .plan import Plan, explain
 from .preload import PreloadIterator, PreloadList, glob
 from .proxy import LazyReadData
 from .readers import register_reader
+from .resampling import LazyResampleVolume
 from .results import compute, save_all
 from .sizes import register_size
 from .stats import CacheStats, Event, Holder
@@ -97,6 +98,7 @@ __all__ = [
     "LazyCacheError",
     "LazyCacheWarning",
     "LazyReadData",
+    "LazyResampleVolume",
     "LoadCycleError",
     "Plan",
     "PluginWarning",

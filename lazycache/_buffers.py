@@ -103,6 +103,23 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike, order: Order = "C") -> NDArr
     return Buffer(nbytes).writable(shape, dtype, order)
 
 
+class Lent:
+    """The memory of ``array``, which belongs to ``owner``, for arrays that can't be written to.
+
+    For objects whose memory Python doesn't see as theirs: what is made of this keeps the owner
+    alive, and says so.
+    """
+
+    __slots__ = ("__array_interface__", "_array", "owner")
+
+    def __init__(self, array: NDArray[Any], owner: Any) -> None:
+        interface = array.__array_interface__
+        address, _ = interface["data"]
+        self.__array_interface__ = {**interface, "data": (address, True)}
+        self._array = array
+        self.owner = owner
+
+
 def owner_of(value: Any) -> Any:
     """The object whose death frees the memory of ``value``: its last base, or itself.
 
@@ -117,6 +134,8 @@ def owner_of(value: Any) -> Any:
             array = value
         elif isinstance(value, memoryview):
             base = value.obj
+        elif isinstance(value, Lent):
+            return value.owner
         else:
             known = array is None or type(value).__weakrefoffset__
             return value if known else array

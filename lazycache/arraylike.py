@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from . import _buffers
+from . import _aims, _buffers
 from . import operations as ops
 from ._frames import location
 from .express import (
@@ -182,10 +182,11 @@ class ArrayLike(Expressible):
         items = index if isinstance(index, tuple) else (index,)
         if not all(_is_basic(item) for item in items):
             [data, *found] = computed([self, *proxies_in(items)])
-            return data[replaced(index, iter(found))]
+            return _aims.part(data, data[replaced(index, iter(found))])
         integers = all(_is_integer(item) for item in items)
         if integers and (not self._is_array() or len(items) >= self.ndim):
-            return self.data[index]
+            data = self.data
+            return _aims.part(data, data[index])
         node = self._part(items)
         if node is None:
             template = (Slot(0), items)
@@ -210,7 +211,8 @@ class ArrayLike(Expressible):
 
     def __iter__(self) -> Iterator[Any]:
         if not self._is_array():
-            return iter(self.data)
+            data = self.data
+            return (_aims.part(data, item) for item in data)
         count = len(self)
         return (self[position] for position in range(count))
 
@@ -243,7 +245,8 @@ class ArrayLike(Expressible):
     # NumPy's protocols
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        array = np.asarray(self.data)
+        data = self.data
+        array: NDArray[Any] = _aims.part(data, np.asarray(data))
         if dtype is not None and array.dtype != np.dtype(dtype):
             if copy is False:
                 raise ValueError("the data have another dtype: they can't be had without a copy")

@@ -31,7 +31,7 @@ from .expression import (
     fill,
     walk,
 )
-from .layout import Layout, infer, layout_of
+from .layout import infer, layout_of, lies
 from .memory import usable_cpus
 from .outline import Outline, annotate, check_same, check_unchanged, fingerprints, probe_all
 from .planning import Planner
@@ -111,21 +111,34 @@ def outputs_taking(
 
 def prepare(roots: Sequence[Node], cache: DataCache) -> Outline:
     """The outline of ``roots``, from headers that are looked at again; what changed is noticed."""
-    nodes = list(walk(roots, stop=available))
+    values: dict[Node, Any] = {}
+
+    def there(node: Node) -> bool:
+        value = _computed(node)
+        if value is None:
+            return False
+        values[node] = value
+        return True
+
+    nodes = list(walk(roots, stop=there))
     files = [node for node in nodes if isinstance(node, FileNode)]
     wholes = [node.whole for node in files if node.whole is not None]
     cache.verify(dict.fromkeys(node.key for node in [*files, *wholes]))
     for node in files:
         node.looked = True
     probe_all(files)
-    check_unchanged(node for node in nodes if not available(node))
-    return Outline(roots, cache.holds)
+    check_unchanged(node for node in nodes if node not in values)
+    return Outline(nodes, values, cache.holds)
 
 
 def available(node: Node) -> bool:
     """Whether the value of an operation was computed before and is still there."""
+    return _computed(node) is not None
+
+
+def _computed(node: Node) -> Any:
     result = node.result if isinstance(node, OpNode) else None
-    return result is not None and result.value is not None
+    return None if result is None else result.value
 
 
 def adopt(node: ValueNode, cache: DataCache) -> None:
@@ -275,21 +288,21 @@ class _Run:
     def _compute(self, step: OpNode, operation: Operation) -> list[Key]:
         """Run one step; the files that no later step needs pinned."""
         operands = self.outline.operands(step)
-        files = [node for node in dict.fromkeys(operands) if isinstance(node, FileNode)]
-        keys: list[Key] = list(dict.fromkeys(node.key for node in files))
+        files = self.outline.files.get(step, ())
+        keys: list[Key] = [node.key for node in files]
+        values: Mapping[Node, Any] = self.values
         try:
-            loaded = dict(zip(keys, operation.pin(keys), strict=True)) if keys else {}
-            check_same(self.fingerprints, files)
-            inputs = [
-                loaded[node.key] if isinstance(node, FileNode) else self.values[node]
-                for node in operands
-            ]
+            if files:
+                values = {node: values.get(node) for node in operands}
+                values.update(zip(files, operation.pin(keys), strict=True))
+                check_same(self.fingerprints, files)
+            inputs = [values[node] for node in operands]
             self.bounds.before(step, operands, inputs)
             value = self._apply(step, operands, inputs)
         except Exception as error:
             annotate(error, step)
             raise
-        if step.op.family != "view":
+        if files and step.op.family != "view":
             self._count(step)
         return self._settle(step, operands, inputs, value, keys)
 
@@ -300,7 +313,7 @@ class _Run:
                 self.executed[node] += 1
 
     def _apply(self, step: OpNode, operands: Sequence[Node], inputs: list[Any]) -> Any:
-        op, kwargs = step.op, dict(step.kwargs or {})
+        op, kwargs = step.op, step.kwargs or {}
         values = inputs
         if step in self.outline.aligned:
             values = [
@@ -334,19 +347,19 @@ class _Run:
         ]
         if not spare and sum(getattr(value, "nbytes", LARGE) for value in values) * 8 < LARGE:
             return None
-        layouts = [layout_of(value) for value in values]
-        known = [layout for layout in layouts if layout is not None]
-        if len(known) < len(layouts):
-            return None
         info = self.outline.info
-        if known == [info[operand].layout for operand in operands]:
+        if all(map(lies, values, [info[node].layout for node in operands])):
             result = info[step].layout
         else:
+            layouts = [layout_of(value) for value in values]
+            known = [layout for layout in layouts if layout is not None]
+            if len(known) < len(layouts):
+                return None
             result = infer(step.op, step.args, dict(step.kwargs or {}), known)
         if result is None or result.scalar or not result.shape:
             return None
         for value in spare:
-            if Layout(value.shape, value.strides, value.dtype) == result:
+            if lies(value, result):
                 return value  # type: ignore[no-any-return]
         return result.empty() if result.nbytes >= LARGE else None
 
@@ -363,18 +376,37 @@ class _Run:
         keys: list[Key],
     ) -> list[Key]:
         """Keep the value of a step and let go of temporaries; the files that may go as well."""
+        same = [n for n, data in zip(operands, inputs, strict=True) if data is value]
+        # A view may be the very array that it is of: of no axis too long, say.
+        reused = step.op.family != "view" and not self.own.isdisjoint(same)
+        if reused and type(value) is np.ndarray:
+            self.own.add(step)
+        else:
+            self._borrow(step, operands, inputs, value, keys)
+        self.values[step] = value
+        for node in operands:
+            self.left[node] -= 1
+            if not self.left[node]:
+                self._drop(node, keys)
+        return keys
+
+    def _borrow(
+        self,
+        step: OpNode,
+        operands: Sequence[Node],
+        inputs: list[Any],
+        value: Any,
+        keys: list[Key],
+    ) -> None:
+        """Find whose memory the value of a step lies in; files that it is of leave ``keys``."""
         owner = owner_of(value)
         lenders = [
             node for node, data in zip(operands, inputs, strict=True) if owner_of(data) is owner
         ]
-        # A view may be the very array that it is of: of no axis too long, say.
-        reused = step.op.family != "view" and any(
-            value is self.values.get(node) and node in self.own for node in lenders
-        )
-        if type(value) is np.ndarray and (reused or not lenders):
+        if type(value) is np.ndarray and not lenders:
             self.own.add(step)
         loans: list[_Loan] = []
-        for node in [] if reused else lenders:
+        for node in lenders:
             self.own.discard(node)
             loans += self.borrowed.get(node, [])
             if isinstance(node, FileNode) and node.key in keys:
@@ -384,12 +416,6 @@ class _Run:
             self.borrowed[step] = loans
             for loan in loans:
                 loan.holders += 1
-        self.values[step] = value
-        for node in operands:
-            self.left[node] -= 1
-            if not self.left[node]:
-                self._drop(node, keys)
-        return keys
 
     def _drop(self, node: Node, keys: list[Key]) -> None:
         """Let go of a temporary; the files that are free now go to ``keys``."""

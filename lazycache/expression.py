@@ -50,6 +50,8 @@ class Op:
     known of each operand, and gives the node that does the work. ``into(out, *args, **kwargs)``
     is the same computation into a given array of the layout of the result, or None where NumPy
     offers no such thing.
+    A ``call`` that knows more tells it: ``call.layout(layouts)`` of the result, the bytes of its
+    temporaries, ``call.transient``, and ``call.place``, (affine, header, name) of the result.
     ``elementwise`` says that ``into`` may write over an operand of the result's layout.
     ``wraps`` marks the operators ``+ - *``, which are watched for integers that wrap around.
     """
@@ -247,10 +249,12 @@ class OpNode(Node):
 
 def fill(template: Any, values: list[Any]) -> Any:
     """The template with each `Slot` replaced by its value."""
+    if template is TWO:
+        return values[0], values[1]
     if type(template) is Slot:
         return values[template.position]
     if type(template) is tuple:
-        return tuple(fill(item, values) for item in template)
+        return tuple([fill(item, values) for item in template])
     if type(template) is list:
         return [fill(item, values) for item in template]
     if type(template) is dict:
@@ -266,19 +270,20 @@ def walk(
     The operands of a node that ``stop`` is true of are left out.
     """
     entered: set[Node] = set()
-    left: set[Node] = set()
-    stack = list(roots)[::-1]
+    # A node whose operands come before it is there again, under None.
+    stack: list[Node | None] = [*reversed([*roots])]
     while stack:
-        node = stack[-1]
-        if node not in entered:
-            entered.add(node)
-            if node.operands and not stop(node):
-                stack.extend([one for one in node.operands[::-1] if one not in entered])
-                continue
-        stack.pop()
-        if node not in left:
-            left.add(node)
+        node = stack.pop()
+        if node is None:
+            node = stack.pop()
+            assert node is not None
             yield node
+        elif node not in entered:
+            entered.add(node)
+            if stop(node) or not node.operands:
+                yield node
+            else:
+                stack += (node, None, *node.operands[::-1])
 
 
 def files_under(roots: Iterable[Node]) -> list[FileNode]:

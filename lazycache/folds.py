@@ -124,7 +124,7 @@ class _Chain:
         self, op: Op, *operands: Node, args: tuple[Any, ...] | None = None, **kwargs: Any
     ) -> Node:
         template = args or (TWO if len(operands) > 1 else ONE)
-        return OpNode(op, operands, template, kwargs, self.node.location, "ignore")
+        return OpNode(op, operands, template, kwargs or None, self.node.location, "ignore")
 
     def total(self, items: Sequence[Node], dtype: np.dtype[Any]) -> Node:
         """The sum of ``items`` in ``dtype``, in the memory order of the result."""
@@ -139,11 +139,11 @@ class _Chain:
             )
             for items, dtype in zip(columns, dtypes, strict=True)
         ]
+        args = (Slot(0), Slot(len(sums)))
         for row in range(1, len(columns[0])):
             for place, items in enumerate(columns):
                 # The other sums are operands that aren't used: they put the last row before this.
                 others = sums[:place] + sums[place + 1 :]
-                args = (Slot(0), Slot(len(sums)))
                 sums[place] = self.make(ops.ADD_QUIET, sums[place], *others, items[row], args=args)
         return sums
 

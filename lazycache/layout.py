@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,21 @@ def layout_of(value: Any) -> Layout | None:
     return None
 
 
+def lies(value: Any, layout: Layout | None) -> bool:
+    """Whether ``value`` is an array of this very layout, or a NumPy scalar of it."""
+    if layout is None:
+        return False
+    if type(value) is np.ndarray:
+        return (
+            value.dtype == layout.dtype
+            and value.shape == layout.shape
+            and value.strides == layout.strides
+            and not layout.scalar
+        )
+    return layout_of(value) == layout
+
+
+@lru_cache(maxsize=1024)
 def dense(shape: Shape, dtype: np.dtype[Any], order: str = "C") -> Layout:
     """The layout of a C- or Fortran-ordered array without gaps."""
     axes = range(len(shape)) if order == "C" else range(len(shape) - 1, -1, -1)
@@ -106,6 +122,9 @@ def infer(
 def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | None) -> int:
     """Bytes that NumPy takes while it computes, besides operands and result; an upper estimate."""
     name = node.op.name
+    told = getattr(node.op.call, "transient", None)
+    if told is not None:
+        return told  # type: ignore[no-any-return]
     if node.op.elementwise and name != "**":
         return 0
     layouts = [layout for layout in operands if layout is not None]
@@ -127,6 +146,8 @@ def transient(node: OpNode, operands: Sequence[Layout | None], result: Layout | 
     count = math.prod(operand.shape)
     if name.startswith("nan"):
         return 2 * operand.nbytes + count
+    if name == "mean" and operand.dtype == result.dtype == np.float16:  # added up in float32
+        return 2 * result.nbytes
     if name in ("var", "std"):
         return count * max(result.dtype.itemsize, operand.dtype.itemsize)
     if name in ("median", "percentile", "quantile"):

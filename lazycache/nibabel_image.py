@@ -95,6 +95,19 @@ def nifti_header(
     return header
 
 
+def moved_header(
+    shape: Shape, dtype: np.dtype[Any], affine: Affine, template: Any, model: Any
+) -> Nifti1Header:
+    """`nifti_header` for what was moved from where ``template`` has it to where ``model`` is.
+
+    The orientation and its codes are those of ``model``, a header too; without one the codes say
+    that it is aligned to something else.
+    """
+    header = nifti_header(shape, dtype, affine, template)
+    _set_orientation(header, affine, model)
+    return header
+
+
 def _set_orientation(header: Nifti1Header, affine: Affine | None, template: Any) -> None:
     known = template if isinstance(template, Nifti1Header) else None
     code = int(known["sform_code"] or known["qform_code"]) if known is not None else 0

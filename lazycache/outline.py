@@ -15,8 +15,9 @@ import contextvars
 import queue
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,8 +33,6 @@ from .errors import (
     ShapeMismatchError,
 )
 from .expression import (
-    ONE,
-    TWO,
     FileNode,
     Info,
     Node,
@@ -51,36 +50,68 @@ _PROBING_THREADS = 8
 
 Holds = Callable[[Key], bool]
 
+# The families of which some operations are expanded into chains.
+_EXPANDED = frozenset({"fold", "reduce"})
+
+
+@dataclass(eq=False, slots=True)
+class Case:
+    """What is the same for all steps that do the same to operands of the same layouts.
+
+    ``step`` is one of them. ``layouts`` are those of its operands, with the axes that are put
+    behind them.
+    """
+
+    step: OpNode
+    layouts: Sequence[Layout | None]
+    result: Layout | None
+
+
+class _Known(NamedTuple):
+    """What was found out of a step from what is known of its operands."""
+
+    info: Info
+    case: Case
+    aligned: tuple[int, ...]
+
 
 class Outline:
-    """See the module.
+    """Made of ``nodes``, operands first; see the module.
 
     ``nodes`` are in the order of execution, and ``steps`` those of them that have to be computed;
     ``values`` holds what was computed before and is still there. ``info`` knows every node, those
-    that are only stood in for (``stand_in``) too.
+    that are only stood in for (``stand_in``) too; ``cases`` and ``files`` every step, and the
+    latter the files among its operands, where there are any.
     ``aligned`` says how many axes are put behind each operand of a node to bring its x, y, z below
     those of the others.
     """
 
-    def __init__(self, roots: Sequence[Node], holds: Holds = lambda key: False) -> None:
+    def __init__(
+        self,
+        nodes: Iterable[Node],
+        values: dict[Node, Any],
+        holds: Holds = lambda key: False,
+    ) -> None:
         self.nodes: list[Node] = []
-        self.values: dict[Node, Any] = {}
+        self.steps: list[OpNode] = []
+        self.values = values
         self.info: dict[Node, Info] = {}
+        self.cases: dict[Node, Case] = {}
+        self.files: dict[Node, tuple[FileNode, ...]] = {}
         self.aligned: dict[Node, tuple[int, ...]] = {}
         self._stand_ins: dict[Node, Node] = {}
-        self._operands: dict[Node, tuple[Node, ...]] = {}
-        self._layouts: dict[Node, Sequence[Layout | None]] = {}
+        self._operands: dict[Node, tuple[Node, ...]] = {}  # where others stand in for some
         self._twins: dict[Any, OpNode] = {}
-        self._files: dict[Key, FileNode] = {}
+        self._first: dict[Key, FileNode] = {}
         self._kinds: dict[Any, int] = {}
         self._same: dict[Any, int] = {}  # kinds by identity, which is faster
-        self._inferred: dict[Any, Layout | None] = {}
+        self._known: dict[Any, _Known] = {}  # by the identity of what is known of the operands
+        self._cases: dict[Any, Case] = {}
         self._holds = holds
         self._misshapen: list[str] = []
         self._misplaced: dict[str, list[tuple[str, Any, tuple[int, ...]]]] = {}
-        self._walk(roots)
+        self._take(nodes)
         self._report()
-        self.steps = [n for n in self.nodes if isinstance(n, OpNode) and n not in self.values]
         self.uses = Counter(chain.from_iterable(map(self.operands, self.steps)))
 
     def stand_in(self, node: Node) -> Node:
@@ -91,65 +122,34 @@ class Outline:
         return node
 
     def operands(self, node: Node) -> tuple[Node, ...]:
-        found = self._operands.get(node)
-        if found is None:
-            found = node.operands
-            if not self._stand_ins.keys().isdisjoint(found):
-                found = tuple(map(self.stand_in, found))
-            self._operands[node] = found
-        return found
+        return self._operands.get(node, node.operands)
 
     def layouts(self, node: Node) -> Sequence[Layout | None]:
-        """The layouts of the operands of ``node``, with the axes that are put behind them."""
-        found = self._layouts.get(node)
-        if found is None:
-            found = [self.info[operand].layout for operand in self.operands(node)]
-            if node in self.aligned:
-                found = _longer(found, self.aligned[node])
-            self._layouts[node] = found
-        return found
+        """The layouts of the operands of a step, with the axes that are put behind them."""
+        return self.cases[node].layouts
 
-    def _walk(self, roots: Sequence[Node]) -> None:
+    def _take(self, nodes: Iterable[Node]) -> None:
+        """Take ``nodes``, whose operands come first, and what stands in for them."""
         info, stand_ins = self.info, self._stand_ins
-        entered: set[Node] = set()
-        stack = list(roots)[::-1]
-        while stack:
-            node = stack[-1]
+        for node in nodes:
             if node in info:
-                stack.pop()
-            elif node not in entered:
-                entered.add(node)
-                other = self._replacement(node)
-                if other is not None:
-                    stand_ins[node] = other
-                    stack.append(other)
-                elif not self._known(node):
-                    stack.extend([one for one in node.operands[::-1] if one not in info])
-            elif node in stand_ins:
-                info[node] = info[stand_ins[node]]
+                continue
+            if not isinstance(node, OpNode) or node in self.values:
+                other = self._take_source(node)
             else:
-                assert isinstance(node, OpNode)
-                other = self._expansion(node)
-                if other is not None:
-                    stand_ins[node] = other
-                    stack.append(other)
-                    continue
-                kind = self._kind(node)
-                # One found before may do the same to the same operands: it is computed for both.
-                twin = node
-                if kind is not None:
-                    twin = self._twins.setdefault((kind, *self.operands(node)), node)
-                if twin is node:
-                    info[node] = self._infer(node, kind)
-                    self.nodes.append(node)
-                else:
-                    stand_ins[node] = twin
-                    info[node] = info[twin]
+                operands = node.operands
+                if stand_ins and not stand_ins.keys().isdisjoint(operands):
+                    operands = self._operands[node] = tuple(map(self.stand_in, operands))
+                other = self._expansion(node) if node.op.family in _EXPANDED else None
+                other = other or self._take_step(node, operands)
+            if other is not None:
+                stand_ins[node] = other
+                self._take(walk([other], stop=info.__contains__))
+                info[node] = info[other]
 
     def _kind(self, node: OpNode) -> int | None:
         """A number of the operation and its constants; None where those can't be hashed."""
-        plain = node.kwargs is None and (node.args is ONE or node.args is TWO)
-        same = (id(node.op), id(node.args), node.grid) if plain else None
+        same = (id(node.op), id(node.args), id(node.kwargs), node.grid)
         kind = self._same.get(same)
         if kind is None:
             constants = hashable((node.args, node.kwargs or {}, node.grid))
@@ -157,34 +157,55 @@ class Outline:
                 kind = self._kinds.setdefault((node.op, constants), len(self._kinds))
             except TypeError:
                 return None
-            if plain:
-                self._same[same] = kind
+            self._same[same] = kind
         return kind
 
-    def _known(self, node: Node) -> bool:
-        """Take a node that nothing has to be computed for; False if there is one to compute."""
+    def _take_source(self, node: Node) -> Node | None:
+        """Take a node that nothing has to be computed for; or the one that stands in for it."""
         if isinstance(node, ValueNode):
             self.info[node] = Info(layout_of(node.value), node.affine, node.header, node.name)
         elif isinstance(node, FileNode):
+            other = self._replacement(node)
+            if other is not None:
+                return other
             self.info[node] = file_info(node.key)
         else:
             assert isinstance(node, OpNode)
-            result = node.result
-            value = None if result is None else result.value
-            if value is None:
-                return False
             assert node.info is not None
-            self.values[node] = value
-            self.info[node] = node.info._replace(layout=layout_of(value))
+            self.info[node] = node.info._replace(layout=layout_of(self.values[node]))
         self.nodes.append(node)
-        return True
+        return None
 
-    def _replacement(self, node: Node) -> Node | None:
+    def _take_step(self, node: OpNode, operands: tuple[Node, ...]) -> Node | None:
+        """Take a node that has to be computed; or the one that does the same already."""
+        kind = self._kind(node)
+        known = None
+        if kind is not None:
+            twin = self._twins.setdefault(_same(kind, operands), node)
+            if twin is not node:
+                return twin
+            info = self.info
+            same = (kind, *[id(info[operand]) for operand in operands])
+            known = self._known.get(same)
+        if known is None:
+            known = self._infer(node, kind)
+            if kind is not None and not self._misshapen:
+                self._known[same] = known
+        self.info[node], self.cases[node], aligned = known
+        if aligned:
+            self.aligned[node] = aligned
+        self.nodes.append(node)
+        self.steps.append(node)
+        if self._first:
+            files = [one for one in operands if isinstance(one, FileNode)]
+            if files:
+                self.files[node] = tuple(dict.fromkeys(files))
+        return None
+
+    def _replacement(self, node: FileNode) -> Node | None:
         """What is read in place of a file: another proxy's node for the same data, where there is
         one; the cut from the whole, for a part that no reader reads or that is there already."""
-        if not isinstance(node, FileNode):
-            return None
-        first = self._files.setdefault(node.key, node)
+        first = self._first.setdefault(node.key, node)
         if first is not node:
             return first
         if node.whole is None:
@@ -199,7 +220,7 @@ class Outline:
         """The chain that does what ``node`` says, if there is one."""
         if node.op.family == "fold":
             return self._expand(node)
-        if node.op.family != "reduce" or not node.operands:
+        if not node.operands:
             return None
         data = self.info[node.operands[0]].layout
         return None if data is None else along_slowest(node, data)
@@ -215,51 +236,53 @@ class Outline:
         assert isinstance(other, Node)
         return other
 
-    def _infer(self, node: OpNode, kind: int | None) -> Info:
+    def _infer(self, node: OpNode, kind: int | None) -> _Known:
         infos = [self.info[operand] for operand in node.operands]
         layouts = [info.layout for info in infos]
-        layout: Layout | None = None
-        if None not in layouts:
+        aligned: tuple[int, ...] = ()
+        if None in layouts:
+            case = Case(node, layouts, None)
+        else:
             if node.op.family in ("map", "inplace") and len(layouts) > 1:
-                layouts = self._align(node, infos, layouts)
+                aligned = self._align(infos)
                 self._compare_grids(node, infos)
             try:
-                layout = self._result(node, kind, layouts)
+                case = self._case(node, kind, layouts, aligned)
             except ShapeMismatchError as error:
                 self._misshapen.append(_misfit(node, infos, error))
-                layout = layouts[0]
+                case = Case(node, layouts, layouts[0])
             except Exception as error:
                 annotate(error, node)
                 raise
-        affine, header, name = _space(node, infos)
-        found = Info(layout, affine, header, name)
+        info = Info(case.result, *_space(node, infos))
         # One for all of a chain: there may be very many.
-        return infos[0] if infos and _same_info(found, infos[0]) else found
+        if infos and _same_info(info, infos[0]):
+            info = infos[0]
+        return _Known(info, case, aligned)
 
-    def _result(self, node: OpNode, kind: int | None, layouts: list[Layout]) -> Layout | None:
-        key = (kind, *layouts)
-        if key in self._inferred:
-            return self._inferred[key]
-        found = infer(node.op, node.args, dict(node.kwargs or {}), layouts)
-        if kind is not None:
-            self._inferred[key] = found
+    def _case(
+        self, node: OpNode, kind: int | None, layouts: list[Layout], aligned: tuple[int, ...]
+    ) -> Case:
+        key = (kind, aligned, *layouts)
+        found = self._cases.get(key)
+        if found is None:
+            longer = _longer(layouts, aligned) if aligned else layouts
+            result = infer(node.op, node.args, dict(node.kwargs or {}), longer)
+            found = Case(node, longer, result)
+            if kind is not None:
+                self._cases[key] = found
         return found
 
-    def _align(self, node: Node, infos: list[Info], layouts: list[Layout]) -> list[Layout]:
-        if len({len(layout.shape) for layout in layouts}) == 1:
-            return layouts
-        placed = [
-            (layout.shape, says_place(info.affine))
-            for info, layout in zip(infos, layouts, strict=True)
-        ]
-        shapes = aligned_shapes(placed)
+    def _align(self, infos: list[Info]) -> tuple[int, ...]:
+        """How many axes are put behind each operand; empty where none are."""
+        ndims = [len(info.layout.shape) for info in infos]
+        if min(ndims) == max(ndims):
+            return ()
+        placed = [(info.layout.shape, says_place(info.affine)) for info in infos]
         more = tuple(
-            len(shape) - len(layout.shape) for shape, layout in zip(shapes, layouts, strict=True)
+            len(shape) - ndim for shape, ndim in zip(aligned_shapes(placed), ndims, strict=True)
         )
-        if not any(more):
-            return layouts
-        self.aligned[node] = more
-        return _longer(layouts, more)
+        return more if any(more) else ()
 
     def _compare_grids(self, node: OpNode, infos: list[Info]) -> None:
         if node.grid == "ignore":
@@ -291,6 +314,15 @@ class Outline:
             raise grids
 
 
+def _same(kind: int, operands: tuple[Node, ...]) -> Any:
+    """What is equal for nodes of one kind and the same operands, as long as those live."""
+    if len(operands) != 2:
+        return (kind, *operands)
+    # There may be very many: numbers, unlike tuples, are nothing to the garbage collector.
+    left, right = operands
+    return (kind << 64 | id(left)) << 64 | id(right)
+
+
 def _longer(layouts: Sequence[Any], more: Sequence[int]) -> list[Any]:
     """The layouts with as many axes of length 1 behind them as ``more`` says."""
     return [
@@ -309,9 +341,10 @@ def file_info(key: FileKey) -> Info:
     """What the header of a file tells; raises what probing raises."""
     probe = key.probe()
     layout = None
-    if probe.shape is not None and probe.dtype is not None:
+    if probe.shape is not None and probe.dtype is not None and not probe.kind:
         layout = dense(probe.shape, probe.dtype, probe.order)
-    return Info(layout, probe.affine, probe.header, key.path)
+    # Of an object the header is what its own method gives.
+    return Info(layout, probe.affine, None if probe.kind else probe.header, key.title)
 
 
 def probe_all(files: Iterable[FileNode]) -> None:
@@ -451,14 +484,17 @@ def _misfit(node: OpNode, infos: Sequence[Info], error: Exception) -> str:
 def _space(node: OpNode, infos: Sequence[Info]) -> tuple[Any, Any, str]:
     """The affine and header of a result, and the file that they are from."""
     nothing = (None, None, "")
+    place = getattr(node.op.call, "place", None)
+    if place is not None:  # it was brought elsewhere
+        return place  # type: ignore[no-any-return]
     family = node.op.family
-    if np.ndim((node.kwargs or {}).get("q", 0)):  # several percentiles, each an image
+    if node.kwargs and np.ndim(node.kwargs.get("q", 0)):  # several percentiles, each an image
         return nothing
-    if family in ("map", "inplace", "assign"):
-        headed = (info for info in infos if info.affine is not None or info.header is not None)
-        first = next(headed, None)
-        return nothing if first is None else (first.affine, first.header, first.name)
     first = next((info for info in infos if info.affine is not None), None)
+    if family in ("map", "inplace", "assign"):
+        if first is None:
+            first = next((info for info in infos if info.header is not None), None)
+        return nothing if first is None else (first.affine, first.header, first.name)
     if first is None or first.layout is None:
         return nothing
     ndim = len(first.layout.shape)

@@ -14,12 +14,12 @@ from ._buffers import owner_of
 from .cache import DataCache
 from .execute import Output, outputs_taking, prepare, resident
 from .expression import FileNode, Node, OpNode, ValueNode, describe
+from .needs import Needs, is_large
 from .outline import Outline
 from .planning import Planner
-from .program import Program, is_large
+from .program import Program
 from .proxy import LazyReadData
 from .sizes import format_size, nbytes_of, parse_size
-from .spaces import way
 
 # Of what there is more of, the rest is counted.
 _TOLD = 3
@@ -165,7 +165,7 @@ def plan_of(
         budget=cache.budget,
         held=max(0, cache.budget - obtainable - there),
         again=_again(program, found.reads),
-        whole=_whole(outline, program),
+        whole=_whole(outline, program, planner.needs),
         dtypes=_dtypes(planner.files),
     )
 
@@ -192,8 +192,9 @@ def _in_memory(outline: Outline) -> tuple[int, int]:
 def _uses(outline: Outline, roots: Sequence[Node]) -> dict[str, int]:
     """How many operations need each file: parts of it, and its data read in other ways, too."""
     uses = Counter({node.key.path: 0 for node in outline.nodes if isinstance(node, FileNode)})
-    for nodes in (*map(outline.operands, outline.steps), *([root] for root in roots)):
-        uses.update({node.key.path for node in nodes if isinstance(node, FileNode)})
+    results = ((root,) for root in roots if isinstance(root, FileNode))
+    for files in (*outline.files.values(), *results):
+        uses.update({node.key.path for node in files})
     return dict(uses)
 
 
@@ -219,17 +220,17 @@ def _again(program: Program, reads: Counter[FileNode]) -> tuple[str, ...]:
     )
 
 
-def _whole(outline: Outline, program: Program) -> tuple[str, ...]:
+def _whole(outline: Outline, program: Program, needs: Needs) -> tuple[str, ...]:
     """What is in memory as a whole, where that is large: operands of operations, and files."""
     operations: dict[str, int] = {}
     files: dict[FileNode, None] = {}
     for stage in program.stages:
         files.update(dict.fromkeys(node for node in stage.pinned if _only_whole(outline, node)))
         for step in stage.steps if stage.space is None else ():
-            layouts, result = outline.layouts(step), outline.info[step].layout
+            need = needs[outline.cases[step]]
             # Not those that only are so because there is room.
-            by_blocks = step.op.family == "view" or way(step, layouts, result) is not None
-            if not by_blocks and is_large(layouts, result):
+            if need.large and need.way is None and step.op.family != "view":
+                layouts = outline.layouts(step)
                 size = max((item.nbytes for item in layouts if item is not None), default=0)
                 operations[_told(step)] = max(size, operations.get(_told(step), 0))
     texts = [

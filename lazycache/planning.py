@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 from .expression import FileNode, Node, OpNode
 from .memory import openable_files
+from .needs import Needs
 from .outline import Outline
-from .program import Manner, Needs, Program, build
+from .program import Manner, Program, build
 from .source import Key
 
 # Files that a block stage has open at once where more would save no reads.
@@ -32,15 +33,16 @@ _NOTHING: Mapping[Node, int] = MappingProxyType({})
 _FEW = 4096
 
 
+# The bytes of the data of each file, and with what reading takes besides.
+_Sizes = Mapping[Key, tuple[int, int]]
+
+
 class Prediction(NamedTuple):
-    """``reads`` of each file, and ``peak``: the most bytes in use at once."""
+    """``reads`` of each file, ``nbytes`` altogether; ``peak`` is the most bytes in use at once."""
 
     reads: Counter[FileNode]
+    nbytes: int
     peak: int
-
-    @property
-    def nbytes(self) -> int:
-        return sum(node.key.estimate()[0] * count for node, count in self.reads.items())
 
 
 class Planner:
@@ -60,9 +62,12 @@ class Planner:
         self.roots = roots
         self.resident = frozenset(resident)
         self.written = written
-        self._needs: Needs = {}
+        self.needs = Needs(outline)
         self._built: dict[Any, Program] = {}
+        self._memory: dict[Program, _Memory] = {}
+        self._predicted: dict[Program, tuple[int, Prediction]] = {}  # the last of each
         self.files = [node for node in outline.nodes if isinstance(node, FileNode)]
+        self._sizes: _Sizes = {node.key: node.key.estimate() for node in self.files}
 
     def choose(self, obtainable: int) -> Program:
         """The program with the fewest reads among those that need at most ``obtainable`` bytes.
@@ -99,16 +104,19 @@ class Planner:
     @cached_property
     def _least(self) -> tuple[int, int]:
         """More than a program needs it spends on keeping files that it will use again."""
-        files = sum(node.key.estimate()[1] for node in self.files)
+        files = sum(peak for _, peak in self._sizes.values())
         least = once = -1
         for program in self._programs():
             if least < 0 or program.need < least:
                 least = program.need
             most = program.need + files if once < 0 else once - 1
-            if most < program.need or not self._once(program, most):
+            if most < program.need:
                 continue
-            tried = range(program.need, most + 1)
-            once = tried[bisect_left(tried, True, key=partial(self._once, program))]
+            if self._once(program, program.need):
+                once = program.need
+            elif self._once(program, most):
+                tried = range(program.need, most + 1)
+                once = tried[bisect_left(tried, True, key=partial(self._once, program))]
         return least, once
 
     def _once(self, program: Program, obtainable: int) -> bool:
@@ -117,16 +125,26 @@ class Planner:
     @cached_property
     def _fewest(self) -> int:
         """The bytes of the files that have to be read, each once."""
-        return sum(node.key.estimate()[0] for node in self.files if node not in self.resident)
+        fresh = [node for node in self.files if node not in self.resident]
+        return sum(self._sizes[node.key][0] for node in fresh)
 
     def predict(self, program: Program, obtainable: int) -> Prediction:
         """What ``program`` will do with ``obtainable`` bytes, if it has them for itself."""
-        memory = _Memory(obtainable - program.workspace, self.resident)
-        needs = [stage.pinned for stage in program.stages if stage.pinned]
-        files = [root for root in dict.fromkeys(self.roots) if isinstance(root, FileNode)]
-        needs += [files[: count + 1] for count in range(len(files))]  # they stay pinned
-        memory.run(needs)
-        return Prediction(memory.reads + program.streamed, program.workspace + memory.peak)
+        before = self._predicted.get(program)
+        if before is not None and before[0] == obtainable:
+            return before[1]
+        memory = self._memory.get(program)
+        if memory is None:
+            needs = [stage.pinned for stage in program.stages if stage.pinned]
+            files = [root for root in dict.fromkeys(self.roots) if isinstance(root, FileNode)]
+            needs += [files[: count + 1] for count in range(len(files))]  # they stay pinned
+            memory = self._memory[program] = _Memory(needs, self._sizes, self.resident)
+        reads, peak = memory.run(obtainable - program.workspace)
+        reads.update(program.streamed)
+        nbytes = sum(self._sizes[node.key][0] * count for node, count in reads.items())
+        found = Prediction(reads, nbytes, program.workspace + peak)
+        self._predicted[program] = obtainable, found
+        return found
 
     def _programs(self) -> Iterator[Program]:
         """What there is to choose from, the best first where the reads are the same."""
@@ -178,12 +196,14 @@ class Planner:
         program = self._built.get(recipe)
         if program is None:
             order = self._orders[place]
-            program = build(self.outline, self.roots, manner, order, self._needs)
+            program = build(self.outline, self.roots, manner, order, self.needs)
             self._built[recipe] = program
         return program
 
     def _read_again(self, program: Program) -> frozenset[FileNode]:
         """The files that ``program`` reads more than once, at least once in blocks."""
+        if not program.streamed:
+            return frozenset()
         uses = Counter(program.streamed)
         for stage in program.stages:
             uses.update(node for node in stage.pinned if node in program.streamed)
@@ -205,11 +225,13 @@ class Planner:
 
     def _keeping(self, program: Program, obtainable: int) -> Program:
         """``program``, or one that besides keeps files that are wanted, or read again."""
+        if not program.streamed:
+            return program
         before = self.predict(program, obtainable)
         spare = obtainable - program.need
         kept = set(program.manner.kept)
         for node in sorted(self.files, key=lambda node: -before.reads[node]):
-            size = node.key.estimate()[1]
+            size = self._sizes[node.key][1]
             useful = before.reads[node] > 1 or node.wanted
             if useful and node in program.streamed and size <= spare:
                 kept.add(node)
@@ -218,51 +240,64 @@ class Planner:
             return program
         order = [step for stage in program.stages for step in stage.steps]
         manner = program.manner._replace(kept=frozenset(kept))
-        keeping = build(self.outline, self.roots, manner, order, self._needs)
+        keeping = build(self.outline, self.roots, manner, order, self.needs)
         after = self.predict(keeping, obtainable)
         fits = keeping.need <= obtainable and after.peak <= obtainable
         return keeping if fits and after.nbytes <= before.nbytes else program
 
 
 class _Memory:
-    """Files in ``capacity`` bytes: of those not in use, the farthest next use goes first."""
+    """The files that a program ``needs`` in memory, those of each place together.
 
-    def __init__(self, capacity: int, resident: Collection[FileNode]) -> None:
-        self.capacity = capacity
-        self.reads: Counter[FileNode] = Counter()
-        self.held: dict[Key, int] = {node.key: node.key.estimate()[0] for node in resident}
-        self.used = self.peak = sum(self.held.values())
+    ``resident`` ones are there before.
+    """
 
-    def run(self, needs: list[list[FileNode]]) -> None:
-        at = end = sum(map(len, needs))
-        following: list[dict[Key, int]] = []  # the next use of each, after each place
-        upcoming: dict[Key, int] = {}
+    def __init__(
+        self, needs: Sequence[Sequence[FileNode]], sizes: _Sizes, resident: Collection[FileNode]
+    ) -> None:
+        self.sizes = sizes
+        self.resident: list[Key] = [node.key for node in resident]
+        self.needs: list[dict[Key, FileNode]] = [{n.key: n for n in nodes} for nodes in needs]
+        at = self.end = sum(map(len, needs))
+        self.following: list[dict[Key, int]] = []  # the next use of each, after each place
+        self.first: dict[Key, int] = {}
         for nodes in reversed(needs):
             at -= len(nodes)
-            following.append({node.key: upcoming.get(node.key, end) for node in nodes})
-            upcoming.update((node.key, at + index) for index, node in enumerate(nodes))
-        following.reverse()
+            self.following.append({node.key: self.first.get(node.key, self.end) for node in nodes})
+            self.first.update((node.key, at + index) for index, node in enumerate(nodes))
+        self.following.reverse()
+
+    def run(self, capacity: int) -> tuple[Counter[FileNode], int]:
+        """The reads of each, and the most bytes of files, in ``capacity`` bytes of memory.
+
+        Of those not in use, the farthest next use goes first.
+        """
+        sizes, end = self.sizes, self.end
+        reads: Counter[FileNode] = Counter()
+        held = {key: sizes[key][0] for key in self.resident}
+        used = most = sum(held.values())
         # Of those with no further use the most recently used goes first, as in the cache.
-        used = itertools.count(0, -1)
-        farthest = [(-upcoming.get(key, end), next(used), key) for key in self.held]
+        recent = itertools.count(0, -1)
+        current = dict(self.first)
+        farthest = [(-current.get(key, end), next(recent), key) for key in held]
         heapq.heapify(farthest)
-        current = dict(upcoming)
-        for place, nodes in enumerate(needs):
-            wanted = {node.key: node for node in nodes}
-            missing = {k: k.estimate() for k in wanted if k not in self.held}
-            need = sum(peak for _, peak in missing.values())  # reserved for all before any is read
-            while farthest and need and self.used + need > self.capacity:
+        for wanted, following in zip(self.needs, self.following, strict=True):
+            missing = [key for key in wanted if key not in held]
+            # Reserved for all before any is read.
+            need = sum([sizes[key][1] for key in missing])
+            while farthest and need and used + need > capacity:
                 after, _, key = heapq.heappop(farthest)
-                if key in self.held and key not in wanted and current.get(key, end) == -after:
-                    self.used -= self.held.pop(key)
-            self.peak = max(self.peak, self.used + need)
-            for key, (nbytes, _) in missing.items():
-                self.used += nbytes
-                self.held[key] = nbytes
-                self.reads[wanted[key]] += 1
-            for key, after in following[place].items():
+                if key in held and key not in wanted and current.get(key, end) == -after:
+                    used -= held.pop(key)
+            most = max(most, used + need)
+            for key in missing:
+                held[key] = sizes[key][0]
+                used += held[key]
+                reads[wanted[key]] += 1
+            for key, after in following.items():
                 current[key] = after
-                heapq.heappush(farthest, (-after, next(used), key))
+                heapq.heappush(farthest, (-after, next(recent), key))
+        return reads, most
 
 
 # The operands of each step that are steps, in the order in which they are done.

@@ -13,7 +13,7 @@ takes. See ``choosing`` for how a program is chosen.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .expression import FileNode, Node, OpNode
-from .layout import Layout, transient
+from .layout import Layout
 from .memory import usable_cpus
+from .needs import Need, Needs
 from .outline import Outline
 from .source import Key
-from .spaces import Space, Way, boundaries, period, takes_memory, way
+from .spaces import Space, Way, boundaries, takes_memory
 
 # Elements of a block, at most: what a step works on stays in the processor's cache.
 BLOCK = 1 << 17
@@ -34,10 +35,6 @@ BLOCK = 1 << 17
 READ_AHEAD = 8 << 20
 # Elements of a block, at least: each has its price in Python.
 _SHORTEST = 1 << 13
-# Smaller operands are done at once: going by blocks has its price too. In bytes.
-_WORTH_IT = 1 << 18
-
-
 Pieces = tuple[tuple[tuple[int, int], ...], ...]
 
 
@@ -115,35 +112,6 @@ class Program:
         return any(stage.space is not None for stage in self.stages)
 
 
-class Need(NamedTuple):
-    """What is known of a step whatever the program: its way by blocks, its periods, its files."""
-
-    way: Way | None
-    periods: dict[tuple[Node, Node], int]
-    files: list[FileNode]
-
-
-Needs = dict[OpNode, Need]
-_NO_NEED = Need(None, {}, [])
-
-
-def _need_of(outline: Outline, step: OpNode) -> Need:
-    operands, layouts = outline.operands(step), outline.layouts(step)
-    result = outline.info[step].layout
-    files = [node for node in dict.fromkeys(operands) if isinstance(node, FileNode)]
-    found = way(step, layouts, result) if is_large(layouts, result) else None
-    if found is None and not files:
-        return _NO_NEED  # there may be very many
-    periods: dict[tuple[Node, Node], int] = {}
-    if found is not None:
-        ndim = max(len(layout.shape) for layout in layouts if layout is not None)
-        for node, layout in zip(operands, layouts, strict=True):
-            again = None if layout is None else period(layout, found.space, ndim)
-            assert again is not None
-            periods[step, node] = again
-    return Need(found, periods, files)
-
-
 def build(
     outline: Outline,
     roots: Sequence[Node],
@@ -153,14 +121,14 @@ def build(
 ) -> Program:
     """The program of ``outline`` for ``roots``, with its steps in ``order`` or as they come.
 
-    What is found out of its steps goes to ``needs``, for other programs of the same outline.
+    ``needs`` are those of the outline, for other programs of it too.
     """
-    needs = {} if needs is None else needs
+    needs = Needs(outline) if needs is None else needs
     stages = _Partition(outline, manner, needs).run(outline.steps if order is None else order)
     unkept = frozenset(step for stage in stages for step in stage.written if not manner.keep)
     left = outline.uses.copy()
     left.update(root for root in roots if root not in unkept)
-    simulation = _Simulation(outline, left, manner)
+    simulation = _Simulation(outline, needs, left, manner)
     for stage in stages:
         simulation.stage(stage)
     simulation.files_for_themselves(roots)
@@ -187,17 +155,17 @@ class _Partition:
         self.there = manner.resident
 
     def run(self, steps: Iterable[OpNode]) -> list[Stage]:
+        width, files = self.manner.width, self.outline.files
+        needs, cases = self.needs, self.outline.cases
         for step in steps:
-            need = self.needs.get(step)
-            if need is None:
-                need = self.needs[step] = _need_of(self.outline, step)
-            if self.manner.width and need.way is not None:
+            need = needs[cases[step]]
+            if width and need.way is not None:
                 self._blocks(step, need.way, need)
             else:
-                self._whole(step, need.files)
+                self._whole(step, files.get(step, ()))
         return self.stages
 
-    def _whole(self, step: OpNode, files: list[FileNode]) -> None:
+    def _whole(self, step: OpNode, files: Sequence[FileNode]) -> None:
         current = self.current
         if current is None or current.space is not None or files or current.pinned:
             self.current = Stage([step], pinned=list(files))
@@ -208,10 +176,12 @@ class _Partition:
     def _blocks(self, step: OpNode, way: Way, need: Need) -> None:
         streamed: list[FileNode] = []
         pinned: list[FileNode] = []
-        for node in need.files:
-            by_blocks = need.periods[step, node] == way.space.size and self._in_blocks(node)
+        operands = self.outline.operands(step)
+        periods = dict(zip(operands, need.periods, strict=True))
+        for node in self.outline.files.get(step, ()):
+            by_blocks = periods[node] == way.space.size and self._in_blocks(node)
             (streamed if by_blocks else pinned).append(node)
-        if not self._fits(way, self.outline.operands(step), streamed, pinned):
+        if not self._fits(way, operands, streamed, pinned):
             self.files = set()
             self.current = Stage([], way.space)
             self.stages.append(self.current)
@@ -225,7 +195,7 @@ class _Partition:
             stage.written.append(step)
         stage.reopened = len(stage.files) > self.manner.width
         stage.pinned += [node for node in pinned if node not in stage.pinned]
-        stage.periods.update(need.periods)
+        stage.periods.update(((step, node), again) for node, again in periods.items())
 
     def _in_blocks(self, node: FileNode) -> bool:
         if node in self.manner.kept or node in self.there:
@@ -254,12 +224,6 @@ class _Partition:
         return not fresh or all(node in self.there for node in stage.pinned)
 
 
-def is_large(layouts: Sequence[Layout | None], result: Layout | None) -> bool:
-    if result is not None and result.nbytes >= _WORTH_IT:
-        return True
-    return any(layout is not None and layout.nbytes >= _WORTH_IT for layout in layouts)
-
-
 @dataclass(eq=False, slots=True)
 class _Memory:
     """Memory of temporaries: of one, and of those that are views of it."""
@@ -271,8 +235,10 @@ class _Memory:
 class _Simulation:
     """Runs over the stages once, without data, for the memory that they take."""
 
-    def __init__(self, outline: Outline, left: Counter[Node], manner: Manner) -> None:
+    def __init__(self, outline: Outline, needs: Needs, left: Counter[Node], manner: Manner) -> None:
         self.outline = outline
+        self.needs = needs
+        self.cases = outline.cases
         self.left = left  # the uses of each node that are still to come
         self.manner = manner
         self.memory: dict[Node, _Memory] = {}  # of each living temporary
@@ -290,8 +256,8 @@ class _Simulation:
             self._blocks(stage)
         # What this stage pins, with what reading takes besides, and what stays pinned.
         if keys or self.pinned:
-            lent = set[Key]().union(*self.pinned.values()) - keys
             peak = sum(key.estimate()[1] for key in keys)
+            lent = set[Key]().union(*self.pinned.values()) - keys if self.pinned else ()
             self.room = max(self.room, peak + sum(key.estimate()[0] for key in lent))
             for node in [node for node in self.pinned if not self.left[node]]:
                 del self.pinned[node]
@@ -301,32 +267,42 @@ class _Simulation:
 
         So do those that other results are views of.
         """
-        keys = {root.key for root in roots if isinstance(root, FileNode)}
-        estimates = [key.estimate() for key in keys]
-        besides = max((peak - nbytes for nbytes, peak in estimates), default=0)
-        lent = set[Key]().union(*self.pinned.values()) - keys if keys else ()
-        pinned = sum(nbytes for nbytes, _ in estimates) + sum(k.estimate()[0] for k in lent)
-        self.room = max(self.room, pinned + besides)
+        keys = dict.fromkeys(root.key for root in roots if isinstance(root, FileNode))
+        if not keys:
+            return
+        lent = set[Key]().union(*self.pinned.values()) - keys.keys()
+        held = sum(key.estimate()[0] for key in lent)
+        for key in keys:
+            nbytes, peak = key.estimate()
+            self.room = max(self.room, held + peak)
+            held += nbytes
 
     def _whole(self, step: OpNode, keys: set[Key]) -> None:
         operands = self.outline.operands(step)
-        layouts = self.outline.layouts(step)
-        result = self.outline.info[step].layout
-        size = 0 if result is None else result.nbytes
-        heir = heir_of(self.outline, step, self.left, self.own)
-        if step.op.family == "view" and heir is not None:
+        need = self.needs[self.cases[step]]
+        heir = self._heir(step, need, operands)
+        if heir is not None and step.op.family == "view":
             self.pinned[step] = keys.union(*(self.pinned.get(o, ()) for o in operands))
             self.own.discard(heir)
         else:
             self.own.add(step)
-        new = size if heir is None else 0
-        extra = transient(step, layouts, result)
-        self.most = max(self.most, self.current + new + extra)
+        new = need.nbytes if heir is None else 0
+        self.most = max(self.most, self.current + new + need.besides)
         self._hold(step, new, heir)
         for operand in operands:
             self.left[operand] -= 1
             if not self.left[operand]:
                 self._let_go(operand)
+
+    def _heir(self, step: OpNode, need: Need, operands: Sequence[Node]) -> Node | None:
+        """The operand whose memory the result of a step will take over or be a view of."""
+        for place in need.heirs:
+            node = operands[place]
+            if step.op.family == "view" or (
+                node in self.own and self.left[node] == 1 and operands.count(node) == 1
+            ):
+                return node
+        return None
 
     def _hold(self, step: OpNode, nbytes: int, heir: Node | None) -> None:
         """``step`` has ``nbytes`` of its own, or the memory that its ``heir`` has."""
@@ -379,7 +355,7 @@ class _Simulation:
             result = self.outline.info[step].layout
             heir = None
             if stage.ways[step].kind == "each":
-                heir = heir_of(self.outline, step, self.left, self.own)
+                heir = self._heir(step, self.needs[self.cases[step]], operands)
             self.own.add(step)
             if heir is None or stage.periods[step, heir] != stage.space.size:
                 array = Array(result.dtype)
@@ -443,34 +419,3 @@ def _pieces(
     each = -(-len(blocks) // passes) if passes else 1
     pieces = tuple(tuple(blocks[at : at + each]) for at in range(0, len(blocks), each))
     return pieces, max(stop - start for start, stop in blocks)
-
-
-def heir_of(
-    outline: Outline, step: OpNode, left: Counter[Node], own: Collection[Node]
-) -> Node | None:
-    """The operand whose memory the result of a step will take over or be a view of.
-
-    ``own`` are the temporaries that share their memory with nothing else.
-    """
-    operands = outline.operands(step)
-    result = outline.info[step].layout
-    family = step.op.family
-    if result is None or not operands:
-        return None
-    if family == "view":
-        base = outline.info[operands[0]].layout
-        return operands[0] if base is not None and 2 * result.nbytes >= base.nbytes else None
-    inplace = family in ("inplace", "assign")
-    if inplace:
-        operands = operands[:1]
-    elif not step.op.elementwise:
-        return None
-    for operand in operands:
-        if (
-            operand in own
-            and left[operand] == 1
-            and outline.operands(step).count(operand) == 1
-            and (inplace or outline.info[operand].layout == result)
-        ):
-            return operand
-    return None

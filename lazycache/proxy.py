@@ -16,8 +16,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
+from . import _aims, execute
 from . import cache as caches
-from . import execute
 from ._buffers import LARGE
 from .arraylike import ArrayLike
 from .cache import DataCache
@@ -35,6 +35,7 @@ from .expression import (
 from .inputs import path_of, value_node
 from .layout import layout_of
 from .outline import file_info
+from .readers import named
 from .recipe import pack, unpack
 from .saving import ImageFile, check_files, save
 from .sizes import nbytes_of
@@ -107,6 +108,7 @@ class LazyReadData(ArrayLike):
         options = {**(read_options or {}), **kwargs}
         if allocator_context is not None:
             options["allocator_context"] = allocator_context
+        self.reader = reader = named(reader, path, options, dtype)
         if _overridden(type(self)):
             reader, options = _Override(type(self), self.__dict__), {}
         key = file_key(path, reader, options, dtype)
@@ -267,6 +269,8 @@ class LazyReadData(ArrayLike):
         """A copy of the header of the file, or of the first operand that has one."""
         info = self._info()
         own = None if info.header is not None or info.layout is not None else self.data
+        if own is not None and _aims.kind_of(own):
+            return _aims.attribute(own, "header")
         return copy.deepcopy(info.header if own is None else getattr(own, "header", None))
 
     def _told(self, name: str) -> Any:
@@ -317,7 +321,8 @@ class LazyReadData(ArrayLike):
         if hasattr(type(self), name):
             # Python asks here when a property raised an AttributeError, which it dropped.
             raise AttributeError(f"{name!r} of {self!r} can't be had")
-        return getattr(self.data, name)
+        data = self.data
+        return _aims.attribute(data, name) if _aims.kind_of(data) else getattr(data, name)
 
     def __repr__(self) -> str:
         node = self._node

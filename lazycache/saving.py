@@ -122,7 +122,7 @@ class ImageFile:
 
 def check_files(files: Iterable[ImageFile], roots: Iterable[Node]) -> None:
     """Raise `WriteError` for a file that can't be written, is an input, or is named twice."""
-    inputs = [node.key.path for node in files_under(roots)]
+    inputs = [file for node in files_under(roots) for file in node.key.inputs]
     seen: set[str] = set()
     for file in files:
         file.check(inputs)

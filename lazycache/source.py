@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from . import _buffers
+from . import _aims, _buffers
 from ._parts import forward, index_text, normalise, sliced_affine
 from .errors import FileChangedError, ReadError
 from .readers import Reader, as_reader, reader_for
@@ -137,7 +137,7 @@ class _Known(NamedTuple):
 class FileKey(Key):
     """The data of a file, or a part of it, as one reader with one set of options reads it."""
 
-    __slots__ = ("_known", "dtype", "options", "part", "path", "reader")
+    __slots__ = ("_known", "dtype", "options", "part", "path", "reader", "title")
 
     def __init__(
         self,
@@ -147,13 +147,30 @@ class FileKey(Key):
         dtype: np.dtype[Any] | None,
         part: tuple[Any, ...] | None,
     ) -> None:
-        super().__init__(path if part is None else f"{path}[{index_text(part)}]")
+        # What a reader makes of a file may be something else than the file: it says so.
+        self.title = path + getattr(reader, "label", "")
+        super().__init__(self.title if part is None else f"{self.title}[{index_text(part)}]")
         self.path = path
         self.reader = reader
         self.options = MappingProxyType(dict(options))
         self.dtype = dtype
         self.part = part
         self._known: _Known | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return file_key, (self.path, self.reader, dict(self.options), self.dtype, self.part)
+
+    def anew(self, part: tuple[Any, ...] | None = None) -> FileKey:
+        """The same data, or a part of a whole, under a key of its own that nothing is known of yet.
+
+        For who reads the files at once: nobody else finds this key.
+        """
+        return FileKey(self.path, self.reader, self.options, self.dtype, part or self.part)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The files that it needs, as far as that is known without looking at any."""
+        return (self.path, *getattr(self.reader, "inputs", ()))
 
     def probe(self) -> Probe:
         """What the header tells of the data: of the part, in the dtype asked for.
@@ -263,7 +280,10 @@ class FileKey(Key):
         known = self._known
         if known is None:
             reader = self._reader()
-            probe = self._adapt(reader, reader.probe(self.path, **self.options))
+            probe = reader.probe(self.path, **self.options)
+            if probe.kind and self.dtype is not None:
+                probe = reader.probe(self.path, dtype=self.dtype, **self.options)
+            probe = self._adapt(reader, probe)
             known = self._known = _Known(_fingerprint(probe.files), probe)
         return known
 
@@ -276,6 +296,8 @@ class FileKey(Key):
             probe = replace(probe, in_blocks=False)
         if shape is None or dtype is None or (self.part is None and self.dtype is None):
             return probe
+        if self.part is None and probe.kind:
+            return probe  # converted by its reader
         transient = max(0, probe.peak_nbytes - probe.nbytes)
         whole = probe.nbytes
         if self.part is not None:
@@ -283,7 +305,7 @@ class FileKey(Key):
             affine = sliced_affine(affine, index, shape)
             shape = np.broadcast_to(np.empty(()), shape)[index].shape
         nbytes = math.prod(shape) * dtype.itemsize
-        if self.part is not None and not hasattr(reader, "read_part"):
+        if self.part is not None and (probe.kind or not hasattr(reader, "read_part")):
             transient += whole
         if self.dtype is not None and self.dtype != dtype:
             if not getattr(reader, "converts", False):
@@ -301,6 +323,7 @@ class FileKey(Key):
             peak_nbytes=nbytes + transient,
             affine=affine,
             dtype_reason=reason,
+            kind="",
         )
 
     def _check(self, known: _Known) -> None:
@@ -373,7 +396,7 @@ def file_key(
     """
     path = os.path.abspath(os.fspath(path))
     resolved = None if reader is None else as_reader(reader, path)
-    wanted = None if dtype is None else np.dtype(dtype)
+    wanted = None if dtype is None else _aims.as_dtype(dtype)
     recipe = (path, resolved, _freeze(options or {}), wanted, _freeze(part))
     with _keys_lock:
         key = _keys.get(recipe)

@@ -33,15 +33,22 @@ class Bounds:
 
     def before(self, step: OpNode, operands: Sequence[Node], inputs: list[Any]) -> None:
         """Called with the operands of a step, before it runs."""
-        images = sum(self._images(node) for node in operands)
-        self.images[step] = images
+        known, images = self.images, 0
+        for node in operands:
+            count = known.get(node)
+            if count is None:
+                count = known[node] = self._images(node)
+            images += count
+        known[step] = images
         if not step.op.wraps or self.wrapped is not None or images < 2:
             return
-        layouts = [layout_of(value) for value in inputs]
-        known = [layout for layout in layouts if layout is not None and layout.dtype.kind in "iub"]
-        if len(known) < len(inputs) or step in self.outline.aligned:
+        if type(inputs[0]) is np.ndarray and inputs[0].dtype.kind not in "iub":
             return
-        layout = infer(step.op, step.args, dict(step.kwargs or {}), known)
+        layouts = [layout_of(value) for value in inputs]
+        whole = [layout for layout in layouts if layout is not None and layout.dtype.kind in "iub"]
+        if len(whole) < len(inputs) or step in self.outline.aligned:
+            return
+        layout = infer(step.op, step.args, dict(step.kwargs or {}), whole)
         if layout is None or layout.dtype.kind not in "iu" or layout.dtype.itemsize > 4:
             return
         arguments = fill(step.args, list(zip(operands, inputs, strict=True)))
@@ -59,7 +66,7 @@ class Bounds:
     def _images(self, node: Node) -> int:
         if isinstance(node, ValueNode):
             return int(isinstance(node.value, np.ndarray) and node.value.ndim > 0)
-        return 1 if isinstance(node, FileNode) else self.images.get(node, 0)
+        return int(isinstance(node, FileNode))
 
     def _bounds(self, argument: Any, fresh: bool) -> Any:
         if not isinstance(argument, tuple):

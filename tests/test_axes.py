@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lazycache as lc
-from lazycache import program, spaces, totals
+from lazycache import needs, program, spaces, totals
 from lazycache.plan import explain
 
 SHAPE = (13, 11, 9, 16)
@@ -21,7 +21,7 @@ AXES = (-1, 0, 1, (0, 1, 2), (2, 3), (1, 2, 3), (0, 3), (3, 2))
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if these were large files."""
-    monkeypatch.setattr(program, "_WORTH_IT", 0)
+    monkeypatch.setattr(needs, "_WORTH_IT", 0)
     monkeypatch.setattr(program, "_SHORTEST", 64)
     monkeypatch.setattr(program, "BLOCK", 300)
     monkeypatch.setattr(spaces, "FEWEST", 2)
@@ -101,7 +101,7 @@ def test_of_all_elements_they_are_numpys(folder: Path, name: str, dtype: str, or
 def test_a_plan_says_which_of_them_take_the_whole_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, make: Any, whole: bool
 ) -> None:
-    monkeypatch.setattr(program, "_WORTH_IT", 1000)
+    monkeypatch.setattr(needs, "_WORTH_IT", 1000)
     with lc.DataCache("1GiB"):
         plan = explain(make(lc.load(folder / "Ffloat64.npy")))
     assert bool(plan.whole) is whole

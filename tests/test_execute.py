@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support import WHOLE
 
-from lazycache import _buffers, execute, program
+from lazycache import _buffers, execute, needs
 from lazycache import functions as lc
 from lazycache.cache import DataCache
 from lazycache.errors import (
@@ -151,7 +151,7 @@ def test_each_file_is_read_once(name, folder):
 
 def test_a_shared_subexpression_is_computed_once(folder, cache, monkeypatch):
     calls = []
-    monkeypatch.setattr(program, "_WORTH_IT", 1 << 40)
+    monkeypatch.setattr(needs, "_WORTH_IT", 1 << 40)
     a, b, *_ = proxies_in(folder, cache)
     shared = a + b
     step = execute._Run._step
@@ -509,6 +509,20 @@ def test_affines_follow_slices_reductions_and_operators(tmp_path, cache):
     assert (bold + 1)[2:].affine[0, 3] == 4
     assert bold.mean(axis=0).affine is None
     assert bold.T.affine is None
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_affine_is_the_first_operands_that_has_one_and_so_is_the_header(count, tmp_path, cache):
+    without = nibabel.Nifti1Image(np.ones((4, 3, 2), "f4"), None)
+    without.header.set_zooms((9, 9, 9))
+    nibabel.save(without, tmp_path / "without.nii")
+    array = nifti(tmp_path / "with.nii", np.ones((4, 3, 2), "f4"), np.diag([2.0, 2.0, 2.0, 1.0]))
+    alone, placed = (LazyReadData(path, cache=cache) for path in (tmp_path / "without.nii", array))
+    assert alone.affine is None
+    for found in (sum([alone] * (count - 1) + [placed]), lc.mean([alone] * (count - 1) + [placed])):
+        assert np.array_equal(found.affine, np.diag([2.0, 2.0, 2.0, 1.0]))
+        assert found.header.get_zooms() == (2, 2, 2)
+    assert (alone + alone).header.get_zooms() == (9, 9, 9)
     assert cache.stats().loads == 0
 
 

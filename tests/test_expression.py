@@ -331,6 +331,20 @@ def test_what_numpy_takes_meanwhile_is_estimated_from_above():
         assert peak <= transient(node, [layout], result) + 3 * value.nbytes + 200_000, name
 
 
+def test_the_buffer_in_which_the_mean_of_float16_is_added_up_is_in_the_estimate():
+    import tracemalloc
+
+    array = np.ones((100, 100, 100, 2), "f2")
+    node = OpNode(ops.reduction("mean"), (ValueNode(array),), (Slot(0),), {"axis": -1})
+    layout = layout_of(array)
+    result = infer(node.op, node.args, node.kwargs, [layout])
+    tracemalloc.start()
+    node.op.call(array, axis=-1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak == pytest.approx(transient(node, [layout], result) + result.nbytes, rel=0.02)
+
+
 @pytest.mark.parametrize("operation", [operator.add, operator.mul])
 def test_nodes_compare_and_hash_by_identity(operation):
     a, b = LazyReadData("a.npy"), LazyReadData("a.npy")

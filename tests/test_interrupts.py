@@ -33,7 +33,7 @@ from support import SOON, UNIT, Blocked, Made, Running, load, table_of
 
 import lazycache
 import lazycache as lc
-from lazycache import program
+from lazycache import needs, program
 from lazycache.cache import DataCache, get_cache
 from lazycache.proxy import LazyReadData
 from lazycache.source import Handle, Result
@@ -65,7 +65,9 @@ STREAMING = {
         "voxelwise",
     )
 }
-PLANNING = {str(PACKAGE / f"{name}.py") for name in ("outline", "planning", "program", "spaces")}
+PLANNING = {
+    str(PACKAGE / f"{name}.py") for name in ("outline", "planning", "needs", "program", "spaces")
+}
 
 Place = tuple[str, int]
 
@@ -641,7 +643,7 @@ def opened() -> list[str]:
 
 @pytest.fixture
 def by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "_WORTH_IT", 0)
+    monkeypatch.setattr(needs, "_WORTH_IT", 0)
     monkeypatch.setattr(program, "_SHORTEST", 64)
 
 

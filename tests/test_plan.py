@@ -5,9 +5,12 @@ from __future__ import annotations
 import operator
 import os
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache as remembered
+from functools import reduce
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +193,24 @@ def test_a_byte_less_than_the_smallest_budget_is_refused_before_reading(
         with pytest.raises(BudgetExceededError):
             compute(*expressions)
         assert cache.stats().loads == 0
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_files_that_are_results_need_no_more_than_reading_them_in_turn_takes(
+    order: Sequence[int], tmp_path: Path
+) -> None:
+    for number, slices in enumerate((10, 40, 20)):
+        data = np.full((64, 64, slices), number, np.int16)
+        nib.Nifti1Image(data, np.eye(4)).to_filename(tmp_path / f"{number}.nii.gz")
+    with DataCache(ROOMY):
+        least = explain(*[LazyReadData(tmp_path / f"{i}.nii.gz") for i in order]).min_budget
+    with DataCache(least, strict=True) as cache:
+        kept = compute(*[LazyReadData(tmp_path / f"{i}.nii.gz") for i in order])
+        assert cache.stats().peak_bytes == least
+    assert [value.flat[0] for value in kept] == list(order)
+    del kept  # or it would be handed out again
+    with DataCache(least - 1, strict=True), pytest.raises(BudgetExceededError):
+        compute(*[LazyReadData(tmp_path / f"{i}.nii.gz") for i in order])
 
 
 @pytest.mark.parametrize("reader", [None, WHOLE], ids=["blocks", "whole"])
@@ -517,6 +538,33 @@ def test_it_is_short_for_five_hundred_files(tmp_path: Path) -> None:
     assert len(lines) <= 6
     assert max(map(len, lines)) <= 120
     assert len(plan.uses) == 500
+
+
+@pytest.mark.parametrize(
+    ("most", "work"), [(30, explain), (60, lambda total: total.data)], ids=["planned", "computed"]
+)
+def test_a_long_sum_of_small_arrays_takes_few_calls_a_term(
+    most: int, work: Callable[[LazyReadData], Any]
+) -> None:
+    # Calls are counted, which nothing else on the machine changes; see benchmarks/planning.py.
+    terms = 2000
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    with DataCache(ROOMY):
+        arrays = [LazyReadData(np.full((8, 8, 8), float(number))) for number in range(10)]
+        total = reduce(operator.add, (arrays[number % 10] for number in range(terms)))
+        work(arrays[0] + arrays[1])
+        before = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            work(total)
+        finally:
+            sys.setprofile(before)
+    assert terms < calls < most * terms
 
 
 def test_html_is_a_table_of_the_same(folder: Path) -> None:

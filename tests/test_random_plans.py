@@ -33,6 +33,7 @@ from lazycache import (
     DataCache,
     LazyCacheWarning,
     LazyReadData,
+    needs,
     program,
     spaces,
 )
@@ -71,9 +72,9 @@ def running(way: str, threads: int) -> Iterator[None]:
         warnings.simplefilter("ignore", LazyCacheWarning)
         patch.setenv("LAZYCACHE_THREADS", str(threads))
         if way == "whole":
-            patch.setattr(program, "_WORTH_IT", 1 << 60)
+            patch.setattr(needs, "_WORTH_IT", 1 << 60)
         elif way != "usual":
-            patch.setattr(program, "_WORTH_IT", 0)
+            patch.setattr(needs, "_WORTH_IT", 0)
             patch.setattr(program, "_SHORTEST", 16 if way == "blocks" else 3)
             patch.setattr(program, "BLOCK", 64 if way == "blocks" else 5)
             patch.setattr(spaces, "FEWEST", 16 if way == "blocks" else 2)

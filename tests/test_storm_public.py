@@ -28,6 +28,7 @@ from lazycache import (
     LazyReadData,
     PreloadIterator,
     PreloadList,
+    needs,
     program,
 )
 from lazycache.testing import FaultyReader
@@ -490,7 +491,7 @@ def test_a_storm_of_everything_goes_on_while_the_budget_changes(
 @pytest.fixture
 def streams(files: list[tuple[Path, Array]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
     """Volumes go by sixteen blocks."""
-    monkeypatch.setattr(program, "_WORTH_IT", 0)
+    monkeypatch.setattr(needs, "_WORTH_IT", 0)
     monkeypatch.setattr(program, "_SHORTEST", VOLUME // 4 // 16)
     lc.set_budget(BUDGET_BY_BLOCKS)
     threads = _thread._count()
@@ -532,7 +533,7 @@ def test_a_storm_by_blocks_goes_on_while_the_budget_changes(
     assert stats.peak_bytes <= BUDGET_BY_BLOCKS + 8 * VOLUME
 
 
-@pytest.mark.parametrize("worth_it", [0, program._WORTH_IT], ids=["blocks", "whole"])
+@pytest.mark.parametrize("worth_it", [0, needs._WORTH_IT], ids=["blocks", "whole"])
 @pytest.mark.parametrize("function", MORE, ids=lambda function: function.__name__)
 def test_no_operation_of_the_storm_takes_more_than_it_asks_for(
     files: list[tuple[Path, Array]],
@@ -541,7 +542,7 @@ def test_no_operation_of_the_storm_takes_more_than_it_asks_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(program, "_WORTH_IT", worth_it)
+    monkeypatch.setattr(needs, "_WORTH_IT", worth_it)
     operation = DataCache.operation
 
     def ask(cache: DataCache, label: str, *, workspace: int, room: int, **kwargs: Any) -> Any:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from support import SOON, Gate, Running, together
 
 import lazycache as lc
-from lazycache import DataCache, LazyReadData, _tasks, program
+from lazycache import DataCache, LazyReadData, _tasks, needs, program
 from lazycache.cache import get_cache
 from lazycache.errors import FileChangedError, ReadError, WriteError
 from lazycache.expression import FileNode
@@ -45,7 +45,7 @@ COUNT = 6
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "_WORTH_IT", 0)
+    monkeypatch.setattr(needs, "_WORTH_IT", 0)
     monkeypatch.setattr(program, "_SHORTEST", SIZE // BLOCKS)
 
 
@@ -709,7 +709,7 @@ def test_reads_are_counted_where_the_scope_closes_meanwhile(place: Place) -> Non
 def test_operations_are_counted_as_with_whole_arrays(
     place: Place, monkeypatch: pytest.MonkeyPatch, worth_it: int
 ) -> None:
-    monkeypatch.setattr(program, "_WORTH_IT", worth_it)
+    monkeypatch.setattr(needs, "_WORTH_IT", worth_it)
     images = [
         LazyReadData(path, reader=place.reader, cache=place.cache, nops=3) for path in place.paths
     ]
@@ -729,8 +729,8 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, tuple(map(int, sys.argv[2:4])))
 import numpy as np
 import lazycache as lc
-from lazycache import program
-program._WORTH_IT, program._SHORTEST = 0, 64
+from lazycache import needs, program
+needs._WORTH_IT, program._SHORTEST = 0, 64
 paths = [f"{sys.argv[1]}/{number}.nii" for number in range(300)]
 cache = lc.DataCache(int(sys.argv[4]), strict=True)
 median = lc.median(lc.load(path, cache=cache) for path in paths)

@@ -2,32 +2,34 @@
 
 `base` says what a reader promises. For a path, those registered by `register_reader` are asked
 first (the latest before the others), then plug-ins (entry points of the group
-``lazycache.readers``, looked up at the first need), then our own: NumPy's files, and whatever
-nibabel loads.
+``lazycache.readers``, looked up at the first need), then our own: NumPy's files, whatever nibabel
+loads, and of the rest what AIMS reads.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from lazycache._frames import warn
 from lazycache.errors import PluginWarning, ReadError, UnknownFormatError
 
+from . import aims
+from .aims import AimsReader
 from .arrays import NumPyReader
 from .base import Probe, Reader
 from .callables import CallableReader
 from .files import check_file
 from .volumes import NibabelReader
 
-__all__ = ["Probe", "Reader", "as_reader", "reader_for", "register_reader"]
+__all__ = ["Probe", "Reader", "as_reader", "named", "reader_for", "register_reader"]
 
 GROUP = "lazycache.readers"
 
 # Each names the options that it takes, where the protocol has any.
-_ours = cast("tuple[Reader, ...]", (NumPyReader(), NibabelReader()))
+_ours = cast("tuple[Reader, ...]", (NumPyReader(), NibabelReader(), AimsReader()))
 _registered: tuple[Reader, ...] = ()
 _plugins: tuple[Reader, ...] | None = None
 _loading = False
@@ -45,12 +47,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unlock_in_child)
 
 
-def register_reader(reader: Reader) -> None:
+def register_reader(reader: Reader | str) -> None:
     """Ask ``reader`` before all others from now on; it replaces one of the same name.
 
-    Files whose reader was already chosen keep it.
+    It is a reader, or the name of one that is there: after ``register_reader("aims")`` AIMS reads
+    all that it can. Files whose reader was already chosen keep it.
     """
     global _registered
+    if isinstance(reader, str):
+        reader = reader_for("register_reader", reader)
     _check(reader)
     with _lock:
         others = tuple(known for known in _registered if known.name != reader.name)
@@ -88,12 +93,26 @@ def as_reader(obj: Any, path: str = "") -> Reader:
         return reader_for(path, obj)
     if isinstance(obj, Reader) and not isinstance(obj, type):
         return obj
+    if aims.is_reader(obj):
+        return cast(Reader, AimsReader(obj))
     if not callable(getattr(obj, "read", obj)):
         raise TypeError(
             f"reader={obj!r}: expected a reader's name, a function of a path, or an object with a"
             " read method"
         )
     return CallableReader(obj, _probe_by_ours)
+
+
+def named(reader: Any, path: str, options: Mapping[str, Any], dtype: Any) -> Any:
+    """``reader``, or the name of the one that these arguments ask for; None: by the file.
+
+    AIMS, if it may be needed, is loaded here and now, while no thread reads.
+    """
+    if reader is None and aims.asked_for(options, dtype):
+        reader = "aims"
+    if reader == "aims" or aims.is_reader(reader) or (reader is None and aims.reads_alone(path)):
+        aims.get_ready()
+    return reader
 
 
 def _probe_by_ours(path: str) -> Probe | None:

@@ -85,15 +85,15 @@ def _layout(path: str, member: str | None) -> tuple[slabs.Layout, str]:
     size = check_file(path).st_size
     with open(path, "rb") as file:
         start = file.read(6)
-    if start[:2] == b"PK":
-        return _member_layout(path, member), "NumPy .npz"
-    if not _MAGIC.startswith(start):
-        raise UnknownFormatError(
-            f"{path}: its name says NumPy, its content is something else; rename it"
-        )
-    if member is not None:
-        raise ReadError(f"{path} holds one array and no members: leave member={member!r} out")
-    with open(path, "rb") as file:
+        if start[:2] == b"PK":
+            return _member_layout(path, member), "NumPy .npz"
+        if not _MAGIC.startswith(start):
+            raise UnknownFormatError(
+                f"{path}: its name says NumPy, its content is something else; rename it"
+            )
+        if member is not None:
+            raise ReadError(f"{path} holds one array and no members: leave member={member!r} out")
+        file.seek(0)
         layout = _parse(path, file)
     if size < layout.end:
         raise truncated(path, f"the {layout.stored_nbytes} bytes of its array")

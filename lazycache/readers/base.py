@@ -22,6 +22,11 @@ and, where it can,
 ``read_part(path, index, **options) -> ndarray``
     the part ``index`` (a full tuple of int and slice, one for each axis, steps positive) reading
     no more than it needs: equal in value, dtype and axes order to ``read(path)[index]``.
+``label``
+    what to put behind a file's name in messages, where the data are another image than the file's:
+    its grid is then compared with that of the file.
+``inputs``
+    paths of further files that it needs, which results then aren't saved over.
 ``open_blocks(path, **options) -> Blocks``
     the voxels forwards, in the order of the file (`Probe.order`), a few at a time: `Blocks`. Only
     asked for where ``probe(path, **options).in_blocks`` is true.
@@ -54,7 +59,9 @@ class Probe:
     voxel-to-millimetre matrix, or None for a file that says nothing of space. ``files`` are all
     the files that the data come from (``.hdr`` and ``.img``): when one of them changes, the data
     have changed. ``dtype_reason`` says why the dtype isn't the one on disk. ``in_blocks`` says that
-    ``open_blocks`` gives the data.
+    ``open_blocks`` gives the data. ``kind`` is the name of the type of what `read` gives where that
+    is an object and no array, such as "Volume_S16"; shape and dtype, where known, are then those of
+    ``np.asarray`` of it.
     """
 
     format: str
@@ -68,6 +75,7 @@ class Probe:
     header: Any = None
     dtype_reason: str = ""
     in_blocks: bool = False
+    kind: str = ""
 
 
 class Blocks(Protocol):

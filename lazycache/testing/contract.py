@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lazycache import _buffers
+from lazycache import _aims, _buffers
 from lazycache.readers import Probe, Reader
 from lazycache.readers.base import LoadCancelled, cancellable
+from lazycache.sizes import nbytes_of
 
 _TIMEOUT = 60.0
 _THREADS = 4
@@ -52,7 +53,9 @@ def check_reader(
     probe = _check_probe(reader, path, options)
     data = reader.read(path, **options)
     assert data is not None, f"read({path}) returned None in place of data"
-    if probe.shape is not None:
+    if probe.kind:
+        _check_object(reader, path, probe, data, options)
+    elif probe.shape is not None:
         _check_array(probe, data, expected)
         _check_alone(data, reader.read(path, **options))
         _check_conversion(reader, path, data, options)
@@ -114,6 +117,24 @@ def _check_array(probe: Probe, data: Any, expected: ArrayLike | None) -> None:
             raise AssertionError("what read gave can be made writeable again")
 
 
+def _check_object(
+    reader: Reader, path: str, probe: Probe, data: Any, options: dict[str, Any]
+) -> None:
+    kind = type(data).__name__
+    assert kind == probe.kind, f"probe says {probe.kind}, read gave {kind}"
+    assert nbytes_of(data) > 0, "nothing is known of the size of what read gave"
+    if probe.shape is None:
+        return
+    values = np.asarray(data)
+    assert values.shape == probe.shape, f"probe says shape {probe.shape}, read gave {values.shape}"
+    assert values.dtype == probe.dtype, f"probe says dtype {probe.dtype}, read gave {values.dtype}"
+    held = nbytes_of(data)
+    assert held == probe.nbytes, f"probe says {probe.nbytes} bytes, read gave {held}"
+    again = np.asarray(reader.read(path, **options))
+    assert not np.may_share_memory(values, again), "two reads share memory"
+    _check_conversion(reader, path, values, options)
+
+
 def _check_alone(data: NDArray[Any], again: NDArray[Any]) -> None:
     assert not np.may_share_memory(data, again), "two reads share memory"
     base: Any = data
@@ -135,8 +156,11 @@ def _check_conversion(
     assert probe.dtype == wanted, f"probe with dtype={wanted} says {probe.dtype}"
     with np.errstate(all="ignore"):
         converted = reader.read(path, dtype=wanted, **options)
-        _check_same(converted, data.astype(wanted), f"read with dtype={wanted}", "astype")
-    assert converted.nbytes == probe.nbytes, "probe with dtype= says another nbytes than read gave"
+        values = data.astype(wanted)
+        _check_same(np.asarray(converted), values, f"read with dtype={wanted}", "astype")
+    assert nbytes_of(converted) == probe.nbytes, (
+        "probe with dtype= says another nbytes than read gave"
+    )
 
 
 def _check_parts(reader: Reader, path: str, data: NDArray[Any], options: dict[str, Any]) -> None:
@@ -204,9 +228,7 @@ def _check_threads(reader: Reader, path: str, data: Any, options: dict[str, Any]
     with ThreadPoolExecutor(_THREADS) as pool:
         futures = [pool.submit(read) for _ in range(_THREADS)]
         for future in futures:
-            value = future.result(_TIMEOUT)
-            if isinstance(data, np.ndarray):
-                _check_same(value, data, "read by four threads at once", "read by one")
+            _check_equal(future.result(_TIMEOUT), data, "read by four threads at once", "by one")
 
 
 def _check_cancelling(reader: Reader, path: str, data: Any, options: dict[str, Any]) -> None:
@@ -225,8 +247,7 @@ def _check_cancelling(reader: Reader, path: str, data: Any, options: dict[str, A
             raise AssertionError("a cancelled read went on to its end")
         assert _open_files() <= before, "a cancelled read leaves files open"
     again = reader.read(path, **options)
-    if isinstance(data, np.ndarray):
-        _check_same(again, data, "read after a cancelled read", "the first read")
+    _check_equal(again, data, "read after a cancelled read", "the first read")
 
 
 class _Stop:
@@ -261,7 +282,7 @@ def _check_bad_files(
         for file in copies:
             size = os.path.getsize(file)
             lengths = {size // 2, min(size, 60), 0}
-            if isinstance(data, np.ndarray):  # of text, the last byte may mean nothing
+            if _arrays(data) is not None:  # of text, the last byte may mean nothing
                 lengths.add(size - 1)
             for kept in sorted(lengths, reverse=True):
                 os.truncate(file, kept)
@@ -292,8 +313,8 @@ def _must_fail_or_equal(
         _check_names(error, name)
         _forget_frames(error)
     else:
-        assert isinstance(data, np.ndarray), f"{path} was read although {name} was cut short"
-        _check_same(value, data, f"read of {path}, cut short", "the whole file")
+        assert _arrays(data) is not None, f"{path} was read although {name} was cut short"
+        _check_equal(value, data, f"read of {path}, cut short", "the whole file")
     assert _open_files() <= before, "a failed read leaves files open"
 
 
@@ -307,6 +328,22 @@ def _forget_frames(error: BaseException | None) -> None:
 def _check_names(error: OSError, name: str) -> None:
     text = f"{error} {error.filename} {' '.join(getattr(error, '__notes__', ()))}"
     assert name in text, f"this error does not name the file {name}: {error!r}"
+
+
+def _arrays(data: Any) -> list[NDArray[Any]] | None:
+    """All that the data hold; None where that isn't known."""
+    return [data] if isinstance(data, np.ndarray) else _aims.contents_of(data)
+
+
+def _check_equal(value: Any, wanted: Any, what: str, than: str) -> None:
+    """`_check_same`, of all that the data hold."""
+    found, expected = _arrays(value), _arrays(wanted)
+    if expected is None:
+        return
+    assert found is not None, f"{what} gave {type(value)}"
+    assert len(found) == len(expected), f"{what}: {len(found)} arrays, {than}: {len(expected)}"
+    for one, other in zip(found, expected, strict=True):
+        _check_same(one, other, what, than)
 
 
 def _check_same(value: Any, wanted: NDArray[Any], what: str, than: str) -> None:

@@ -1,0 +1,1 @@
+"""Stands in for the package ``soma`` of BrainVISA in tests; see ``soma.aims``."""
