@@ -32,7 +32,7 @@ lint: $(VENV)/dev
 demo: $(VENV)/dev
 	$(BIN)/python -m benchmarks.demo
 
-bench: $(VENV)/dev
+bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.read_speed
 	$(BIN)/python -m benchmarks.hit_cost
 	$(BIN)/python -m benchmarks.mean
@@ -47,6 +47,10 @@ $(VENV)/dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
+	touch $@
+
+$(VENV)/bench: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --group bench
 	touch $@
 
 $(AIMS_VENV)/dev: pyproject.toml

@@ -2,8 +2,8 @@
 
 Whole processes, from their start to the written ``.nii.gz``, on all cores: lazycache as a script
 and as a command, the best code written by hand for this one thing (see ``peer_mean``), the loop
-that people write with nibabel, and niimath, if it is there (``pip install niimath``). Each round
-runs all of them; the table has medians, and how long each took for each second of lazycache.
+that people write with nibabel, and niimath, if it is there (``pip install --group bench``). Each
+round runs all of them; the table has medians, and how long each took for each second of lazycache.
 
     python -m benchmarks.mean [--count 20] [--rounds 5] [--folder made-volumes]
 """
@@ -11,7 +11,9 @@ runs all of them; the table has medians, and how long each took for each second 
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -76,7 +78,8 @@ PARTS = {one.__name__: one for one in (script, loop, smallest, differences)}
 
 def niimath() -> str | None:
     """The binary: the command of this name may be a wrapper in Python."""
-    command = shutil.which("niimath")
+    beside = os.path.dirname(sys.executable)
+    command = shutil.which("niimath", path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
     if command is None:
         return None
     with open(command, "rb") as file:
@@ -148,6 +151,9 @@ def main() -> int:
         PARTS[part](*rest)
         return 0
 
+    # As installed packages are, whatever Python is told to do with others.
+    for package in ("lazycache", "benchmarks"):
+        compileall.compile_dir(Path(__file__).parents[1] / package, quiet=1)
     with (
         subjects(arguments.folder, arguments.count) as made,
         tempfile.TemporaryDirectory(prefix="lazycache-mean-") as out,
@@ -164,7 +170,7 @@ def main() -> int:
     print(f"the mean of {len(paths)} volumes, {arguments.rounds} rounds")
     table(found, differ)
     if niimath() is None:
-        print("niimath isn't there: pip install niimath")
+        print("niimath isn't there: pip install --group bench")
     lazy = [runs for name, runs in found.items() if name.startswith("lazycache, ")]
     told = [json.loads(one.told) for runs in lazy for one in runs]
     kept = all(own["over"] == 0 and own["loads"] == len(paths) for own in told)

@@ -71,7 +71,7 @@ class Feed:
     def _read(self, target: Row, start: int) -> None:
         started = time.monotonic()
         try:
-            with cancellable(lambda: self._closed):
+            with cancellable(lambda: self._closed or self._threads.in_vain):
                 if self._source is None:
                     self._source = self.node.key.open_blocks()
                     if start:
@@ -91,7 +91,7 @@ class Feed:
     def take(self) -> Row:
         """What was asked for; raises what reading it raised."""
         assert self._task is not None
-        self._task.wait()
+        self._threads.wait(self._task)
         self._task = None
         return self._target
 

@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -432,7 +433,7 @@ def test_the_block_is_left_when_its_thread_has_ended_and_then_the_file_is_closed
 def test_what_was_to_be_compressed_and_has_not_begun_never_is(tmp_path, monkeypatch):
     """A thread that comes up only when its caller has gone, after an interrupt, does nothing."""
     late: list[Callable[[], None]] = []
-    start = lambda function, arguments: late.append(function)  # noqa: E731
+    start = lambda function, arguments: late.append(partial(function, *arguments))  # noqa: E731
     monkeypatch.setattr(_thread, "start_new_thread", start)
     passed: list[Any] = []
     behind = _sinks.Behind(passed.append, 10, 100)

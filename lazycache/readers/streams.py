@@ -102,7 +102,7 @@ class CompressedStream(Stream):
     """A gzip or bzip2 file: one member after the other, whatever follows the last one ignored."""
 
     def __init__(
-        self, path: str, magic: bytes, decoder: Callable[[], Any], chunk: int = STEP
+        self, path: str, magic: bytes, decoder: Callable[[], Any], chunk: int = 64 << 10
     ) -> None:
         super().__init__(path)
         self._magic = magic
@@ -177,7 +177,7 @@ def is_compressed(path: str) -> bool:
     return path.lower().endswith((".gz", ".mgz", ".bz2"))
 
 
-def open_stream(path: str, chunk: int = STEP) -> Stream:
+def open_stream(path: str, chunk: int = 64 << 10) -> Stream:
     """The content of a file, decompressed as its name says, ``chunk`` bytes of it at a time."""
     lower = path.lower()
     if lower.endswith((".gz", ".mgz")):
