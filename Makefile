@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # The Python that has soma.aims, for test-aims.
 AIMS_PYTHON ?= python3
 AIMS_VENV := .venv-aims
+WHERE := import sysconfig; print(sysconfig.get_path('purelib'))
 
 .PHONY: test test-aims stress mutants lint demo bench clean
 
@@ -49,7 +50,8 @@ $(VENV)/dev: pyproject.toml
 	touch $@
 
 $(AIMS_VENV)/dev: pyproject.toml
-	$(AIMS_PYTHON) -m venv --system-site-packages $(AIMS_VENV)
+	$(AIMS_PYTHON) -m venv $(AIMS_VENV)
+	$(AIMS_PYTHON) -c "$(WHERE)" > $$($(AIMS_VENV)/bin/python -c "$(WHERE)")/aims.pth
 	$(AIMS_VENV)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(AIMS_VENV)/bin/python -m pip install --quiet --editable . --group dev
 	touch $@

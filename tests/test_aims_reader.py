@@ -23,6 +23,7 @@ from support import Running, together
 import lazycache as lc
 from lazycache import readers
 from lazycache._buffers import owner_of
+from lazycache.cli import main
 from lazycache.readers import aims as aims_reader
 from lazycache.readers import reader_for
 from lazycache.readers.aims import AimsReader
@@ -148,6 +149,24 @@ def test_the_peak_while_reading_is_what_was_observed(
         big(aims, path, dtype)
     probe = READER.probe(str(path))
     assert probe.peak_nbytes / probe.nbytes == pytest.approx(times, abs=0.015)
+
+
+@pytest.mark.parametrize("extension", ["tex", "gii"])
+def test_textures_of_several_steps_have_the_sizes_foretold(
+    aims: Any, tmp_path: Path, extension: str
+) -> None:
+    path = str(tmp_path / f"a.{extension}")
+    aims.write(aims.TimeTexture(np.arange(60, dtype="f4").reshape(20, 3)), path)
+    assert READER.probe(path).nbytes == nbytes_of(READER.read(path)) == 3 * 20 * 4
+
+
+def test_meshes_of_several_steps_have_the_sizes_foretold(aims: Any, tmp_path: Path) -> None:
+    content = (SAMPLES / "sphere.mesh").read_bytes()
+    path = tmp_path / "a.mesh"
+    again = struct.pack("<I", 1) + content[29:]
+    path.write_bytes(content[:21] + struct.pack("<I", 2) + content[25:] + again)
+    probe = READER.probe(str(path))
+    assert probe.nbytes == nbytes_of(READER.read(str(path))) == 2 * 2184
 
 
 def test_a_slope_is_why_voxels_are_floats(aims: Any, tmp_path: Path) -> None:
@@ -352,6 +371,16 @@ def test_aims_is_not_imported_by_who_does_not_need_it() -> None:
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=100)
 
 
+def test_info_tells_what_a_file_of_aims_holds(aims: Any, capsys: Any) -> None:
+    assert main(["info", sample("vol_S16.ima"), sample("sphere.mesh")]) == 0
+    told = capsys.readouterr().out
+    assert "Volume_S16" in told
+    assert "6 x 5 x 4 x 1" in told
+    assert "AimsTimeSurface_3_VOID" in told
+    assert main(["info", "--json", sample("sphere.mesh")]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["kind"] == "AimsTimeSurface_3_VOID"
+
+
 # What is asked of AIMS
 
 
@@ -394,6 +423,11 @@ def test_a_part_written_in_the_path_is_accounted_at_its_true_size(aims: Any) -> 
         assert cache.used == 3 * 5 * 4 * 2
 
 
+def test_the_allocator_context_is_handed_on(aims: Any) -> None:
+    with pytest.raises(TypeError, match="allocmode"):
+        lc.load(sample("vol_S16.ima"), allocator_context="no context").data
+
+
 def test_a_part_outside_is_refused(aims: Any) -> None:
     with pytest.raises(lc.ReadError, match=r"vol_S16\.ima.*from 4 on there are no 3 voxels"):
         lc.load(sample("vol_S16.ima") + "?ox=4&sx=3").data
@@ -403,6 +437,8 @@ def test_a_part_outside_is_refused(aims: Any) -> None:
 
 def test_dtype_converts_volumes_and_nothing_else(aims: Any) -> None:
     with lc.DataCache("1MiB") as cache:
+        probe = file_key(sample("vol_S16.ima"), dtype="Volume_DOUBLE").probe()
+        assert (probe.kind, probe.nbytes) == ("Volume_DOUBLE", 6 * 5 * 4 * 8)
         proxy = lc.load(sample("vol_S16.ima"), dtype=np.float64)
         assert type(proxy.data).__name__ == "Volume_DOUBLE"
         assert cache.used == 6 * 5 * 4 * 8
@@ -439,6 +475,17 @@ def test_a_budget_counts_what_aims_objects_hold(aims: Any, tmp_path: Path) -> No
         assert cache.used == 2 * nbytes
         assert cache.stats().evictions == 2
         assert cache.stats().untracked_bytes == 0
+
+
+def test_loops_read_aims_objects_ahead_within_the_budget(aims: Any, tmp_path: Path) -> None:
+    nbytes = 20 * 21 * 22 * 4
+    paths = [big(aims, tmp_path / f"{n}.ima") for n in range(8)]
+    with lc.DataCache(4 * nbytes, strict=True) as cache:
+        proxies = lc.PreloadList(map(lc.load, paths), npreload=8)
+        sums = [float(np.asarray(proxy).sum(dtype=float)) for proxy in proxies]
+        assert cache.stats().loads == 8
+        assert cache.stats().peak_bytes <= 4 * nbytes
+    assert sums == [float(np.asarray(aims.read(path)).sum(dtype=float)) for path in paths]
 
 
 def test_a_volume_that_is_held_outside_stays_charged_and_is_not_read_again(

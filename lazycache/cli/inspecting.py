@@ -59,6 +59,7 @@ def _as_json(path: str, probe: Probe) -> dict[str, Any]:
         "format": probe.format,
         "shape": None if probe.shape is None else [int(size) for size in probe.shape],
         "dtype": None if probe.dtype is None else str(probe.dtype),
+        "kind": probe.kind or None,
         "dtype_reason": probe.dtype_reason or None,
         "nbytes": int(probe.nbytes),
         "peak_nbytes": int(probe.peak_nbytes),
@@ -75,7 +76,7 @@ def _as_text(path: str, probe: Probe) -> Iterator[str]:
     rows = [
         ("format", probe.format),
         ("shape", _shape_text(probe.shape)),
-        ("type", f"{probe.dtype or 'no array'}{reason}"),
+        ("type", f"{probe.kind or probe.dtype or 'no array'}{reason}"),
         ("memory", f"{format_size(probe.nbytes)}, {format_size(probe.peak_nbytes)} while reading"),
     ]
     affine = probe.affine
