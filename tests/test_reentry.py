@@ -293,7 +293,6 @@ def eager_collector() -> Iterator[None]:
     gc.set_threshold(1, 1, 1)
     yield
     gc.set_threshold(*thresholds)
-    gc.unfreeze()
 
 
 @pytest.mark.usefixtures("eager_collector")
