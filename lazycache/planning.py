@@ -21,7 +21,7 @@ from .expression import FileNode, Node, OpNode
 from .memory import openable_files
 from .needs import Needs
 from .outline import Outline
-from .program import Manner, Program, build
+from .program import BLOCK, READ_AHEAD, READ_FAR_AHEAD, Manner, Program, build
 from .source import Key
 
 # Files that a block stage has open at once where more would save no reads.
@@ -89,7 +89,7 @@ class Planner:
             if reads <= self._fewest:
                 break
         assert least is not None
-        return best or least
+        return least if best is None else self._farther_ahead(best, obtainable)
 
     @property
     def least(self) -> int:
@@ -248,6 +248,20 @@ class Planner:
         after = self.predict(keeping, obtainable)
         fits = keeping.need <= obtainable and after.peak <= obtainable
         return keeping if fits and after.nbytes <= before.nbytes else program
+
+    def _farther_ahead(self, program: Program, obtainable: int) -> Program:
+        """``program``, or with much memory the same with longer blocks of its many files."""
+        ahead = min(READ_FAR_AHEAD, obtainable // 16)
+        short = any(stage.longest < BLOCK for stage in program.stages if stage.files)
+        reopened = any(stage.reopened for stage in program.stages)
+        if ahead <= READ_AHEAD or not short or reopened:
+            return program
+        order = [step for stage in program.stages for step in stage.steps]
+        manner = program.manner._replace(ahead=ahead)
+        farther = build(self.outline, self.roots, manner, order, self.needs)
+        after = self.predict(farther, obtainable)
+        same = after.nbytes == self.predict(program, obtainable).nbytes
+        return farther if same and max(farther.need, after.peak) <= obtainable else program
 
 
 class _Memory:

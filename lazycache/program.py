@@ -32,8 +32,9 @@ from .voxelwise import Voxelwise
 
 # Elements of a block, at most: what a step works on stays in the processor's cache.
 BLOCK = 1 << 17
-# All blocks of files that are read ahead, together, in bytes.
+# All blocks of files that are read ahead, together, in bytes; and where there is much memory.
 READ_AHEAD = 8 << 20
+READ_FAR_AHEAD = 32 << 20
 # Elements of a block, at least: each has its price in Python.
 _SHORTEST = 1 << 13
 Pieces = tuple[tuple[tuple[int, int], ...], ...]
@@ -46,7 +47,8 @@ class Manner(NamedTuple):
     that needs more than that reads each of its files in ``passes`` pieces, opening it anew for
     each. ``kept`` files are read as a whole and stay in memory while there is room, ``resident``
     ones are there already. Results that are ``written`` go to disk while they are computed, which
-    takes the bytes given for each; unless ``keep`` is true they exist nowhere else.
+    takes the bytes given for each; unless ``keep`` is true they exist nowhere else. The blocks of
+    files that are read ahead may take ``ahead`` bytes together, where that is more than usual.
     """
 
     width: int
@@ -55,6 +57,7 @@ class Manner(NamedTuple):
     resident: frozenset[FileNode] = frozenset()
     written: Mapping[Node, int] = MappingProxyType({})
     keep: bool = True
+    ahead: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -386,7 +389,8 @@ class _Simulation:
         space = stage.space
         assert space is not None
         nbytes = sum(self._itemsize(node) for node in stage.files)
-        count = min(BLOCK, READ_AHEAD // max(1, 2 * nbytes), space.size // 16)
+        ahead = max(READ_AHEAD, self.manner.ahead)
+        count = min(BLOCK, ahead // max(1, 2 * nbytes), space.size // 16)
         count = min(space.size, max(_SHORTEST, count))
         units = dict.fromkeys(("slab", "fold"), 1)
         units.update((found.kind, found.unit) for found in stage.ways.values())

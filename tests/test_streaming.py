@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from support import SOON, Gate, Running, together
 
 import lazycache as lc
-from lazycache import DataCache, LazyReadData, _tasks, needs, program
+from lazycache import DataCache, LazyReadData, _tasks, needs, planning, program
 from lazycache.cache import get_cache
 from lazycache.errors import FileChangedError, ReadError, WriteError
 from lazycache.expression import FileNode
@@ -883,3 +883,33 @@ def test_no_more_is_resident_than_is_accounted(brains: Path, what: str) -> None:
         beyond, left = map(int, line.split())
         assert beyond < 8 << 20
         assert left < 8 << 20
+
+
+def test_many_files_are_read_farther_ahead_where_there_is_much_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As foretold, to the same values, and for no larger smallest budget."""
+    monkeypatch.setattr(program, "_SHORTEST", 64)
+    for name, nbytes in {"READ_AHEAD": 1 << 17, "READ_FAR_AHEAD": 1 << 19}.items():
+        monkeypatch.setattr(program, name, nbytes)
+        monkeypatch.setattr(planning, name, nbytes)
+    data = np.random.default_rng(0).integers(0, 200, (64, 64, 16)).astype(np.uint8, order="F")
+    paths = [tmp_path / f"{number}.nii" for number in range(100)]
+    nib.Nifti1Image(data, np.eye(4)).to_filename(paths[0])
+    for path in paths[1:]:
+        path.symlink_to(paths[0])
+    found = []
+    for budget in ("2MiB", "5MiB"):
+        cache = DataCache(budget, strict=True)
+        images = [LazyReadData(path, cache=cache) for path in paths]
+        most = lc.map_voxels(lambda block: block.max(0), images)
+        images.clear()
+        plan = lc.explain(most)
+        assert most.data.tobytes() == data.tobytes()
+        stats = cache.stats()
+        assert stats.peak_bytes == plan.peak_bytes
+        assert stats.loads == len(paths)
+        found.append((plan.min_budget, plan.peak_bytes))
+    (least, near), (least_too, far) = found
+    assert least == least_too
+    assert near + (1 << 17) < far
