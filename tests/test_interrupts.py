@@ -651,17 +651,17 @@ class Threads:
         self._start = _thread.start_new_thread
         monkeypatch.setattr(_thread, "start_new_thread", self._start_one)
 
-    def _start_one(self, function: Callable[[], object], arguments: tuple[()]) -> int:
+    def _start_one(self, function: Callable[..., object], arguments: tuple[Any, ...]) -> int:
         one = object()
 
         def run() -> None:
             try:
-                function()
+                function(*arguments)
             finally:
                 self._asked.discard(one)
 
         self._asked.add(one)
-        return self._start(run, arguments)
+        return self._start(run, ())
 
     def wait(self) -> None:
         """They end by themselves."""
