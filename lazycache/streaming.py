@@ -2,7 +2,7 @@
 
 Each file is read by one thread at a time, one piece ahead of the steps.
 The steps of a block run in the calling thread, in their order, so that every element sees the same
-operations in the same order as with whole arrays.
+operations in the same order as with whole arrays. While it has to wait for a file it reads others.
 """
 
 from __future__ import annotations
