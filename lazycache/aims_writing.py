@@ -76,14 +76,17 @@ def write(path: str, value: Any, dtype: DTypeLike | None = None) -> None:
     Its files come into their places when all are whole. Raises WriteError; what stood at ``path``
     before does so then.
     """
+    options: dict[str, Any] = {}
     if _volumes.kind_of(value):
         value = _converted(path, value, dtype)
+        # Else NIfTI gets numbers at equal distances as scaled int16, and not quite the same ones.
+        options["options"] = {"force_disk_data_type": True}
     elif dtype is not None:
         raise WriteError(f"{path}: a {_aims.kind_of(value)} can't be converted: leave dtype out")
     aims = importlib.import_module("soma.aims")
     with writing.told(path), Scratch(path) as scratch:
         try:
-            aims.write(value, scratch.path)
+            aims.write(value, scratch.path, **options)
         except OSError:
             raise
         except Exception as error:

@@ -32,8 +32,9 @@ def file_info(key: FileKey) -> Info:
         if key.part is not None:
             turned = zip(layout.strides, backwards(key.part, len(probe.shape)), strict=True)
             layout = layout._replace(strides=tuple(-s if back else s for s, back in turned))
-    # Of an object the header is what its own method gives.
-    return Info(layout, probe.affine, None if probe.kind else probe.header, key.title)
+    # Of an object the header is what its own method gives, and its axes may be turned.
+    name = f"{key.title} (read by AIMS)" if probe.kind else key.title
+    return Info(layout, probe.affine, None if probe.kind else probe.header, name)
 
 
 def probe_all(files: Iterable[FileNode]) -> None:

@@ -55,6 +55,32 @@ def test_the_type_on_disk_is_converted_and_never_wraps(folder: Folder) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["out.ima", "out.nii", "out.nii.gz"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_whole_numbers_keep_their_type_and_their_values(
+    folder: Folder, name: str, dtype: str
+) -> None:
+    thirds = np.arange(60, dtype=dtype).reshape(5, 4, 3, 1) / 3
+    (folder.proxy(thirds) + 1).save(folder.path / name)
+    same(folder.aims.read(str(folder.path / name)), folder.volume(thirds + 1))
+
+
+def test_one_file_read_by_aims_and_by_others_is_on_two_grids(folder: Folder) -> None:
+    path = str(SAMPLES / "vol_FLOAT.nii.gz")
+    both = LazyReadData(path) + LazyReadData(path, reader="aims")
+    with pytest.raises(lc.GridMismatchError, match="read by AIMS"):
+        both.data
+
+
+def test_the_command_reads_all_images_by_aims_if_one_is_for_aims_alone(folder: Folder) -> None:
+    nifti, ima = (str(SAMPLES / name) for name in ("vol_FLOAT.nii.gz", "vol_FLOAT.ima"))
+    for images, output in (([nifti, ima], "a.ima"), ([nifti, nifti], "b.ima")):
+        target = str(folder.path / output)
+        assert main(["eval", "I1 * 2 + I2", *images, "-o", target, "-q"]) == 0
+        first, second = (folder.aims.read(image) for image in images)
+        same(folder.aims.read(target), first * 2 + second)
+
+
 def test_volumes_go_to_other_images_as_arrays(folder: Folder) -> None:
     a = LazyReadData(str(SAMPLES / "vol_S16.nii"), reader="aims")
     (a + 1).save(folder.path / "out.npy")
@@ -102,14 +128,14 @@ def test_a_failure_of_aims_leaves_what_was_there(
     (a + 1).save(target)
     before = sorted(os.listdir(folder.path))
 
-    def fails(value: Any, path: str) -> None:
+    def fails(value: Any, path: str, **options: Any) -> None:
         Path(path).write_bytes(b"half")
         raise Exception("unknown")
 
     monkeypatch.setattr(stand_in, "write", fails)
     with pytest.raises(WriteError, match=r"out.ima: AIMS can't write it \(unknown\)"):
         (a + 2).save(target)
-    monkeypatch.setattr(stand_in, "write", lambda value, path: None)
+    monkeypatch.setattr(stand_in, "write", lambda value, path, **options: None)
     with pytest.raises(WriteError, match="AIMS wrote nothing"):
         (a + 2).save(target)
     monkeypatch.undo()

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from lazycache.expression import Node
 from lazycache.formula import Formula
 from lazycache.plan import Plan, plan_of
 from lazycache.proxy import LazyReadData
+from lazycache.readers.aims import reads_alone
 from lazycache.saving import ImageFile, check_files, check_path, save
 from lazycache.sizes import format_size
 from lazycache.stats import Event
@@ -143,10 +145,13 @@ class _Evaluated:
     ) -> None:
         self.outputs = outputs
         self.cache = cache
-        images = [LazyReadData(path, cache=cache, grid=grid) for path in inputs.images]
-        named = {
-            name: LazyReadData(path, cache=cache, grid=grid) for name, path in inputs.names.items()
-        }
+        # AIMS has its own order of axes, so it reads either all images or none.
+        alone = any(map(reads_alone, inputs.paths())) or any(
+            is_for_aims(output.path) for output in outputs if output.path is not None
+        )
+        load = partial(LazyReadData, reader="aims" if alone else None, cache=cache, grid=grid)
+        images = [load(path) for path in inputs.images]
+        named = {name: load(path) for name, path in inputs.names.items()}
         self.values = [formula(images, **named) for formula in formulas]
         self.lazy = [value for value in self.values if isinstance(value, LazyReadData)]
         outline = execute.prepare([value._node for value in self.lazy], cache)

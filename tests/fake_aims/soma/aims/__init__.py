@@ -179,6 +179,7 @@ def write(obj: Any, filename: str, format: Any = None, options: Any = None) -> N
     """Writes; an extension that it doesn't know is a success that wrote nothing of use."""
     if not isinstance(filename, str):
         raise TypeError(f"write(): {type(filename).__name__!r} is no str")
-    if format is not None or options:
+    forced = {"force_disk_data_type": True}
+    if format is not None or options not in (None, forced):
         raise NotRecordedError("format= or options= of write")
-    _formats.write(obj, filename)
+    _formats.write(obj, filename, forced=options == forced)

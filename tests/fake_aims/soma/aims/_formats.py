@@ -200,7 +200,7 @@ class _Nifti:
             raise NotRecordedError("reading what a .minf says has other sizes")
         return turned.astype(turned.dtype.newbyteorder("="), copy=False)
 
-    def write(self, volume: VolumeBase, path: str) -> None:
+    def write(self, volume: VolumeBase, path: str, forced: bool) -> None:
         import nibabel
 
         fields = fields_of(volume.header())
@@ -212,14 +212,27 @@ class _Nifti:
         values = np.asarray(volume)[::-1, ::-1, ::-1]
         while values.ndim > 3 and values.shape[-1] == 1:
             values = values[..., 0]
+        slope = 0.0 if forced or volume.code not in ("FLOAT", "DOUBLE") else _distance(values)
+        if slope:
+            values = np.rint(values / slope).astype(np.int16)
         image = nibabel.Nifti1Image(values, affine, dtype=values.dtype)
         image.set_qform(affine, 1)
         image.set_sform(affine, 1)
         content = bytearray(image.to_bytes())
-        content[112:120] = bytes(8)
+        content[112:120] = struct.pack("<ff", slope, 0)
         with (gzip.open if path.endswith(".gz") else open)(path, "wb") as file:
             file.write(content)
         _write_side(path, {"data_type": volume.code, "object_type": "Volume"})
+
+
+def _distance(values: Any) -> float:
+    """That of numbers which AIMS writes as scaled int16; 0 for others."""
+    for slope in (1, 1 / 2, 1 / 3):
+        steps = values / slope
+        fits = np.isfinite(steps).all() and abs(steps).max() < 32767
+        if fits and np.allclose(steps, np.rint(steps), rtol=0, atol=1e-4):
+            return slope
+    return 0.0
 
 
 _SCALARS = struct.Struct("<I")
@@ -595,7 +608,7 @@ def recognised(path: str) -> tuple[str, Fields] | None:
     return None
 
 
-def write(thing: Any, path: str) -> None:
+def write(thing: Any, path: str, forced: bool = False) -> None:
     for kind, extensions in _WRITES.items():
         if isinstance(thing, kind):
             # Longest first: .nii.gz before .gz of something else.
@@ -603,7 +616,10 @@ def write(thing: Any, path: str) -> None:
                 written = tuple(set(form.writes) & set(extensions))
                 if written and path.endswith(written):
                     try:
-                        form.write(thing, path)
+                        if isinstance(form, _Nifti):
+                            form.write(thing, path, forced)
+                        else:
+                            form.write(thing, path)
                     except OSError:
                         raise unknown(f"can't write {path}") from None
                     return
