@@ -81,6 +81,28 @@ def test_the_command_reads_all_images_by_aims_if_one_is_for_aims_alone(folder: F
         same(folder.aims.read(target), first * 2 + second)
 
 
+@pytest.mark.parametrize(
+    ("formula", "options", "expected"),
+    [
+        ("I1 * 2 + I2", [], lambda values: (values * 3).astype("f4")),
+        ("mean(images)", ["--dtype", "float64"], lambda values: values.astype("f8")),
+        ("I1 > 3", [], lambda values: (values > 3).astype("u1")),
+        ("I1 // 1", ["--dtype", "int16"], lambda values: (values // 1).astype("i2")),
+    ],
+)
+def test_formulas_over_textures_give_textures(
+    folder: Folder, formula: str, options: list[str], expected: Any
+) -> None:
+    values = np.arange(49, dtype="f4")
+    folder.aims.write(folder.aims.TimeTexture(values), str(folder.path / "a.tex"))
+    image, target = str(folder.path / "a.tex"), str(folder.path / "out.tex")
+    assert main(["eval", "-i", image, "-i", image, "-f", formula, "-o", target, *options]) == 0
+    found = folder.aims.read(target)
+    step = np.asarray(found[0])
+    assert (len(found), step.tobytes()) == (1, expected(values).tobytes())
+    assert step.dtype == expected(values).dtype
+
+
 def test_volumes_go_to_other_images_as_arrays(folder: Folder) -> None:
     a = LazyReadData(str(SAMPLES / "vol_S16.nii"), reader="aims")
     (a + 1).save(folder.path / "out.npy")

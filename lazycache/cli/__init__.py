@@ -147,6 +147,9 @@ def _one_line_warnings() -> Iterator[None]:
         warnings.simplefilter("default")
         # An interrupt may leave a file to its finalizer: nothing that the user could mend.
         warnings.simplefilter("ignore", ResourceWarning)
+        # And what libraries have to say to those who write them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", SyntaxWarning)
         warnings.showwarning = _show_warning
         yield
 

@@ -29,6 +29,7 @@ from lazycache.writing import files_of
 
 from .inputs import Inputs, Output, read_eval
 from .terminal import UsageError, plural, progress, tell
+from .textures import EXTENSIONS, is_texture, texture_of, values_of
 from .voxels import count_not_finite
 
 
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     budget = config.budget() if options.budget is None else options.budget
     if options.dry_run:
         with closing(DataCache(budget, strict=config.strict())) as cache:
-            return _foretell(_Evaluated(inputs, outputs, formulas, cache, options.grid), dtype)
+            return _foretell(_Evaluated(inputs, outputs, formulas, cache, options.grid, dtype))
     known = {os.path.abspath(path) for path in inputs.paths()}
     read: set[str] = set()
     bar = progress(len(known), shown=not (options.quiet or options.verbose))
@@ -58,8 +59,8 @@ def run(options: argparse.Namespace) -> int:
 
             cache.subscribe(tell)
             cache.subscribe(watch)
-            results = _Evaluated(inputs, outputs, formulas, cache, options.grid)
-            nans = results.write(dtype)
+            results = _Evaluated(inputs, outputs, formulas, cache, options.grid, dtype)
+            nans = results.write()
         if not options.quiet:
             seconds = time.monotonic() - started
             print(_closing_line(read, cache, seconds, nans), file=sys.stderr)
@@ -67,9 +68,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _foretell(results: _Evaluated, dtype: np.dtype[Any] | None) -> int:
+def _foretell(results: _Evaluated) -> int:
     """Print what would be done; 1 if the budget is too small for it."""
-    plan = results.plan(dtype)
+    plan = results.plan()
     print(plan)
     if plan.fits:
         return 0
@@ -142,17 +143,31 @@ class _Evaluated:
         formulas: Sequence[Formula],
         cache: DataCache,
         grid: Any,
+        dtype: np.dtype[Any] | None,
     ) -> None:
         self.outputs = outputs
         self.cache = cache
+        self.dtype = dtype
         # AIMS has its own order of axes, so it reads either all images or none.
         alone = any(map(reads_alone, inputs.paths())) or any(
             is_for_aims(output.path) for output in outputs if output.path is not None
         )
         load = partial(LazyReadData, reader="aims" if alone else None, cache=cache, grid=grid)
-        images = [load(path) for path in inputs.images]
-        named = {name: load(path) for name, path in inputs.names.items()}
+        proxies = {path: load(path) for path in inputs.paths()}
+        textures = [path for path, proxy in proxies.items() if alone and is_texture(proxy)]
+        proxies.update((path, values_of(proxies[path])) for path in textures)
+        images = [proxies[path] for path in inputs.images]
+        named = {name: proxies[path] for name, path in inputs.names.items()}
         self.values = [formula(images, **named) for formula in formulas]
+        # The outputs that are textures, made of arrays.
+        self.textures = {
+            output.path
+            for output in outputs
+            if textures and output.path is not None and output.path.endswith(EXTENSIONS)
+        }
+        for number, output in enumerate(outputs):
+            if output.path in self.textures:
+                self.values[number] = texture_of(self.values[number], output.path, dtype)
         self.lazy = [value for value in self.values if isinstance(value, LazyReadData)]
         outline = execute.prepare([value._node for value in self.lazy], cache)
         for output, value in zip(outputs, self.values, strict=True):
@@ -163,26 +178,27 @@ class _Evaluated:
             else:
                 _check_shape(output, np.shape(value))
 
-    def plan(self, dtype: np.dtype[Any] | None) -> Plan:
+    def plan(self) -> Plan:
         """What `write` would do."""
         found: dict[Node, list[ImageFile]] = {}
-        for value, file in self._files(dtype, {}):
+        for value, file in self._files({}):
             if isinstance(value, LazyReadData) and file is not None:
                 found.setdefault(value._node, []).append(file)
         return plan_of([value._node for value in self.lazy], self.cache, found)
 
-    def _files(
-        self, dtype: np.dtype[Any] | None, nans: dict[str, int]
-    ) -> list[tuple[Any, ImageFile | None]]:
+    def _files(self, nans: dict[str, int]) -> list[tuple[Any, ImageFile | None]]:
         """Each value with the file for it, all of which can be written."""
-        files = [_file(output, dtype, nans) for output in self.outputs]
+        files = [
+            _file(output, None if output.path in self.textures else self.dtype, nans)
+            for output in self.outputs
+        ]
         check_files([file for file in files if file is not None], [v._node for v in self.lazy])
         return list(zip(self.values, files, strict=True))
 
-    def write(self, dtype: np.dtype[Any] | None) -> dict[str, int]:
+    def write(self) -> dict[str, int]:
         """Compute everything in one plan and write the images: their numbers of NaN voxels."""
         nans: dict[str, int] = {}
-        pairs = self._files(dtype, nans)
+        pairs = self._files(nans)
         wanted = [file for value, file in pairs if isinstance(value, LazyReadData)]
         computed = iter(save([value._node for value in self.lazy], wanted, self.cache))
         for number, (output, (value, file)) in enumerate(zip(self.outputs, pairs, strict=True)):
