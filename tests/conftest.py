@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 import time
 from collections import Counter
@@ -44,6 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Shells start what runs in the background with it ignored, and so would be processes of tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "aims: uses AIMS; set on every test that asks for it")
     config.addinivalue_line("markers", "real_aims: needs soma.aims itself; else it is skipped")
 
