@@ -96,6 +96,8 @@ def on_disk(value: Any, ending: str, dtype: Any) -> Array | None:
     value = np.asarray(value)
     if ending == ".npy":
         return value if dtype is None else converted(value, dtype)
+    # Images of MGH are of the other byte order, which is no other type.
+    value = value.astype(value.dtype.newbyteorder("="), copy=False)
     types = _MGH if ending == ".mgz" else _NIFTI
     if not value.ndim or not value.size or value.ndim > (4 if ending == ".mgz" else 7):
         return None
