@@ -233,14 +233,16 @@ loaded = resident() - before
 assert loaded > 0.9 * size * count, (loaded, size * count)
 cache.clear()
 left = resident() - before
-assert left < 0.1 * size * count, (left, size * count)
+later = 0 if size >= _buffers.LARGE else _buffers.TRIM_AFTER  # small ones go now and then
+assert left < 0.1 * size * count + later, (left, size * count)
 assert cache.used == 0
 """
 
 
 @LINUX
 @pytest.mark.parametrize(
-    ("size", "count"), [(1 << 19, 160), (3 << 19, 60), (5 << 20, 20), (30 << 20, 4)]
+    ("size", "count"),
+    [(100 << 10, 800), (1 << 19, 160), (3 << 19, 60), (5 << 20, 20), (30 << 20, 4)],
 )
 def test_freed_means_given_back_to_the_system(size: int, count: int, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(lazycache.__file__).parents[1])}
